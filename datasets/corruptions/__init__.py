@@ -1,0 +1,150 @@
+"""The 19 corruptions of Hendrycks & Dietterich (ICLR 2019), on batches of uint8 images.
+
+    from datasets.corruptions import CORRUPTIONS, corrupt
+    foggy = corrupt(images, "fog", severity=5, generator=torch.Generator().manual_seed(0))
+
+Every corruption is one function of (images, constants of one severity, random draws) in noise.py,
+blur.py, weather.py or digital.py, with the table of its constants beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from datasets.corruptions import blur, digital, noise, weather
+from datasets.corruptions.draws import BLOCK, Draws
+from utils.errors import InputError, suggest
+
+FAMILIES = {
+    "gaussian_noise": "noise",
+    "shot_noise": "noise",
+    "impulse_noise": "noise",
+    "defocus_blur": "blur",
+    "glass_blur": "blur",
+    "motion_blur": "blur",
+    "zoom_blur": "blur",
+    "snow": "weather",
+    "frost": "weather",
+    "fog": "weather",
+    "brightness": "weather",
+    "contrast": "digital",
+    "elastic_transform": "digital",
+    "pixelate": "digital",
+    "jpeg_compression": "digital",
+    "speckle_noise": "noise",
+    "gaussian_blur": "blur",
+    "spatter": "weather",
+    "saturate": "digital",
+}
+CORRUPTIONS = tuple(FAMILIES)
+_MODULES = {"noise": noise, "blur": blur, "weather": weather, "digital": digital}
+# name → (function, {32: constants of severity 1..5, 64: the same for larger images})
+_TABLE = {
+    name: (getattr(_MODULES[family], name), getattr(_MODULES[family], name.upper()))
+    for name, family in FAMILIES.items()
+    if hasattr(_MODULES[family], name)
+}
+
+MIN_SIDE = 8
+
+
+def corrupt(
+    images: Tensor,
+    name: str,
+    severity: int,
+    generator: torch.Generator | None = None,
+    frost_dir: str | None = None,
+) -> Tensor:
+    """A corrupted copy of `images`.
+
+    images: uint8 (N, 3, H, W) on any device. severity: 1..5; images up to 48 pixels use the
+    constants of CIFAR-10-C, larger ones those of Tiny-ImageNet-C. generator: gives the seed of
+    all draws (default: torch's global CPU generator); one on the CPU serves images on any device.
+    frost_dir: folder with the frost photographs, for "frost". Returns uint8 (N, 3, H, W) on the
+    same device. Raises InputError for an unknown name, severity, shape or dtype.
+    """
+    _check(images, name, severity)
+    function, table = _TABLE[name]
+    c = table[32 if max(images.shape[-2:]) <= 48 else 64][severity - 1]
+    parameters = inspect.signature(function).parameters
+    options = {"frost_dir": frost_dir} if "frost_dir" in parameters else {}
+
+    where = "cpu" if generator is None else generator.device
+    seed = int(torch.randint(2**62, (), generator=generator, device=where))
+    chunk = BLOCK * _blocks_per_chunk(images)
+    out = torch.empty_like(images, memory_format=torch.contiguous_format)
+
+    def work(start: int) -> None:
+        part = images[start : start + chunk].contiguous()
+        drawn = ()
+        if "draws" in parameters:
+            drawn = (Draws(len(part), images.device, seed, first_block=start // BLOCK),)
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            out[start : start + chunk] = function(part, c, *drawn, **options)
+
+    with _full_precision():
+        _for_each(work, range(0, len(images), chunk), images.device)
+    return out
+
+
+def _for_each(work: Callable[[int], None], starts: range, device: torch.device) -> None:
+    """work(start) for every chunk; on a CPU side by side, in as many threads as torch may use.
+
+    Random numbers come from one thread at a time and most steps are too short to be worth
+    splitting, so whole chunks in parallel scale where torch's own threads don't.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, len(starts)) if device.type == "cpu" else 1
+    if workers < 2:
+        for start in starts:
+            work(start)
+        return
+    try:
+        with ThreadPoolExecutor(workers, "corrupt", torch.set_num_threads, (1,)) as pool:
+            list(pool.map(work, starts))
+    finally:
+        torch.set_num_threads(threads)  # set in one thread, it is the default of later ones
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """TF32 or bfloat16 products, if training allows them, would move pixel values."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _blocks_per_chunk(images: Tensor) -> int:
+    """Blocks in a chunk: one on a CPU, for the caches; elsewhere 64 MB in float32."""
+    if images.device.type == "cpu":
+        return 1
+    return max(1, 2**24 // (BLOCK * images[0].numel()))
+
+
+def _check(images: Tensor, name: str, severity: int) -> None:
+    if name not in CORRUPTIONS:
+        raise InputError(
+            f"unknown corruption {name!r}{suggest(str(name), CORRUPTIONS)}; "
+            f"known: {', '.join(CORRUPTIONS)}"
+        )
+    if isinstance(severity, bool) or severity not in (1, 2, 3, 4, 5):
+        raise InputError(f"severity is {severity!r}; it must be 1, 2, 3, 4 or 5")
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise InputError(f"images are {kind}; corruptions take a torch.uint8 tensor, 0 to 255")
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise InputError(f"images have shape {tuple(images.shape)}; it must be (N, 3, H, W)")
+    if min(images.shape[-2:]) < MIN_SIDE:
+        raise InputError(
+            f"images are {images.shape[-2]}×{images.shape[-1]}; corruptions need at least "
+            f"{MIN_SIDE}×{MIN_SIDE} pixels"
+        )

@@ -1,0 +1,53 @@
+"""Random numbers for corruptions: the same for one seed, whatever the chunk size.
+
+Images are numbered in blocks of `BLOCK`; every block has a generator of its own, seeded with
+(seed + number of the block), so what a block gets depends neither on the chunk it is part of nor
+on the blocks before it. A chunk is a whole number of blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+
+
+class Draws:
+    """Independent draws for the `n` images that start at block `first_block`.
+
+    Every method returns a tensor (n, *shape) on `device` and moves the streams on. Tests put an
+    object with the same three methods in its place to replay recorded draws.
+    """
+
+    def __init__(self, n: int, device: torch.device | str, seed: int, first_block: int = 0):
+        self.n = n
+        self.device = torch.device(device)
+        blocks = range(first_block, first_block + -(-n // BLOCK))
+        self._generators = [
+            torch.Generator(self.device).manual_seed(seed + block) for block in blocks
+        ]
+
+    def _blocks(self, out: Tensor):
+        return zip(out.split(BLOCK), self._generators, strict=True)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal draws, float32 (n, *shape)."""
+        out = torch.empty(self.n, *shape, device=self.device)
+        for part, generator in self._blocks(out):
+            part.normal_(generator=generator)
+        return out
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Uniform draws from [low, high), float32 (n, *shape)."""
+        out = torch.empty(self.n, *shape, device=self.device)
+        for part, generator in self._blocks(out):
+            part.uniform_(low, high, generator=generator)
+        return out
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """Uniform integers from {low, …, high − 1}, int64 (n, *shape)."""
+        out = torch.empty(self.n, *shape, dtype=torch.int64, device=self.device)
+        for part, generator in self._blocks(out):
+            part.random_(low, high, generator=generator)
+        return out

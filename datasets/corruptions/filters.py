@@ -1,0 +1,163 @@
+"""Steps that several corruptions share: 8-bit conversion, linear filters, motion blur, zoom.
+
+Linear filters along one axis are small dense matrices, borders included: on a batch, a product
+with a 32×32 or 64×64 matrix is faster than a loop over taps, on CPUs and GPUs alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Float32 leaves a value that is a whole number in exact arithmetic up to some 1e-4 below it;
+# without this, truncation would make it one less.
+TRUNCATION_SLACK = 1 / 4096
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (…) to float32 in [0, 1]."""
+    return images.to(torch.float32).div_(255)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """float32 (…) to uint8: clip to [0, 1], times 255, truncate."""
+    return truncate(x * 255)
+
+
+def truncate(v: Tensor) -> Tensor:
+    """float32 (…) on the 0…255 scale to uint8: clip and truncate. Overwrites `v`."""
+    return v.add_(TRUNCATION_SLACK).clamp_(0, 255).to(torch.uint8)
+
+
+def gaussian_taps(sigma: float, truncate: float = 4.0) -> tuple[float, ...]:
+    """Gaussian kernel of radius int(truncate·σ + ½), normalized to 1."""
+    radius = int(truncate * sigma + 0.5)
+    k = np.arange(-radius, radius + 1)
+    taps = np.exp(-0.5 * (k / sigma) ** 2)
+    return tuple(taps / taps.sum())
+
+
+@functools.lru_cache(maxsize=256)
+def band_matrix(
+    size: int, taps: tuple[float, ...], border: str, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The correlation with `taps` along an axis of `size`, as a float32 (size, size) matrix.
+
+    border, as in numpy.pad: "edge" repeats the edge, "reflect" mirrors without repeating it,
+    "symmetric" mirrors with the edge repeated. Cached: don't write to the result.
+    """
+    radius = len(taps) // 2
+    source = np.pad(np.arange(size), radius, mode=border)
+    matrix = np.zeros((size, size))
+    for k, tap in enumerate(taps):
+        np.add.at(matrix, (np.arange(size), source[k : k + size]), tap)
+    return torch.from_numpy(matrix).to(device, torch.float32)
+
+
+def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Apply matrix `rows` (H', H) along the height and `columns` (W', W) along the width.
+
+    x: float32 (…, H, W). Returns float32 (…, H', W').
+    """
+    return rows @ (x @ columns.T)
+
+
+def gaussian_blur(x: Tensor, sigma: float, truncate: float = 4.0, border: str = "edge") -> Tensor:
+    """Gaussian filter of a float32 (…, H, W); `truncate` and `border` as above."""
+    taps = gaussian_taps(sigma, truncate)
+    if len(taps) == 1:
+        return x
+    height, width = x.shape[-2:]
+    return separable(
+        x, band_matrix(height, taps, border, x.device), band_matrix(width, taps, border, x.device)
+    )
+
+
+def correlate(x: Tensor, kernel: np.ndarray, border: str = "reflect") -> Tensor:
+    """Correlate float32 (n, C, H, W) with a small odd-sized kernel; no more than 8-bit weights
+    and values keep the result exact.
+
+    border: "reflect" (mirror without repeating the edge) or "replicate".
+    """
+    height, width = x.shape[-2:]
+    kernel = np.asarray(kernel)
+    ry, rx = kernel.shape[0] // 2, kernel.shape[1] // 2
+    padded = F.pad(x, (rx, rx, ry, ry), mode=border)
+    out = torch.zeros_like(x)
+    for (i, j), weight in np.ndenumerate(kernel):
+        if weight:
+            out.add_(padded[..., i : i + height, j : j + width], alpha=float(weight))
+    return out
+
+
+def motion_blur(images: Tensor, phi: Tensor, radius: int, sigma: float) -> Tensor:
+    """One-sided blur along a line, on 8-bit values, edges replicated.
+
+    images: uint8 (n, C, H, W); phi: float32 (n,), the angle of each image in degrees, y down.
+    Taps i = 0 … 2·radius with weights ∝ exp(−i²/2σ²) are read at the integer offset
+    (⌈i·cosφ − ½⌉, ⌈i·sinφ − ½⌉) in (x, y). The sum is rounded to a multiple of 1/257, then
+    truncated (the 16-bit image library of the published sets). Returns uint8 (n, C, H, W).
+    """
+    n, channels, height, width = images.shape
+    i = np.arange(2 * radius + 1)
+    weights = np.exp(-(i**2) / (2 * sigma**2))
+    weights /= weights.sum()
+    # Taps beyond this weigh less than 1e-7 of the sum together.
+    count = int(np.searchsorted(np.cumsum(weights), 1 - 1e-7)) + 1
+    weights = weights[: min(count, len(weights))]
+    reach = len(weights) - 1
+
+    phi = torch.deg2rad(phi.double())[:, None]
+    steps = torch.arange(len(weights), device=images.device)
+    dx = torch.ceil(steps * torch.cos(phi) - 0.5).to(torch.int32)
+    dy = torch.ceil(steps * torch.sin(phi) - 0.5).to(torch.int32)
+
+    # Every row of a shifted image is `width` neighbours in memory: index_select copies those
+    # several times as fast as advanced indexing copies images.
+    padded = F.pad(images.float(), (reach,) * 4, mode="replicate")
+    pitch, plane = padded.shape[-1], padded[0, 0].numel()
+    rows = padded.view(-1).unfold(0, width, 1)
+    unshifted = torch.arange(n * channels, dtype=torch.int32, device=images.device)[:, None] * plane
+    unshifted = unshifted + torch.arange(height, dtype=torch.int32, device=images.device) * pitch
+    unshifted = unshifted.view(n, -1) + reach * (pitch + 1)
+    v = torch.zeros(images.shape, device=images.device)
+    for tap, weight in enumerate(weights):
+        start = unshifted + (dy[:, tap] * pitch + dx[:, tap])[:, None]
+        v.add_(rows.index_select(0, start.view(-1)).view_as(v), alpha=257 * float(weight))
+    # The half keeps whole numbers whole where a division is a product with the reciprocal.
+    return v.round_().add_(0.5).div_(257).to(torch.uint8)
+
+
+def zoom_weights(size: int, factor: float) -> np.ndarray:
+    """The central zoom by `factor` along an axis of `size`, as a float64 (size, size) matrix.
+
+    The central ⌈size/f⌉ pixels are enlarged to round(⌈size/f⌉·f) by linear interpolation with
+    corners aligned, and the centre is cropped; both crops start at ⌊difference/2⌋. A product
+    that ends in ½ is rounded to even, so 26·1.25 gives 32 but 26·1.2500000000000002 gives 33.
+    """
+    inside = math.ceil(size / factor)
+    outside = round(inside * factor)
+    position = (np.arange(size) + (outside - size) // 2) * ((inside - 1) / (outside - 1))
+    low = np.minimum(position.astype(int), inside - 2)
+    first = (size - inside) // 2
+    matrix = np.zeros((size, size))
+    matrix[np.arange(size), first + low] = 1 - (position - low)
+    matrix[np.arange(size), first + low + 1] = position - low
+    return matrix
+
+
+@functools.lru_cache(maxsize=256)
+def zoom_matrix(size: int, factor: float, device: torch.device | str = "cpu") -> Tensor:
+    """`zoom_weights` as a float32 tensor. Cached: don't write to the result."""
+    return torch.from_numpy(zoom_weights(size, factor)).to(device, torch.float32)
+
+
+def zoom(x: Tensor, factor: float) -> Tensor:
+    """Zoom into the centre of float32 (…, H, W) by `factor`, as in `zoom_weights`."""
+    height, width = x.shape[-2:]
+    return separable(x, zoom_matrix(height, factor, x.device), zoom_matrix(width, factor, x.device))

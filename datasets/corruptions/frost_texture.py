@@ -1,0 +1,165 @@
+"""What the frost corruption lays over an image: frost photographs, or procedural stand-ins.
+
+The published sets use the first five frost photographs of ImageNet-C. They aren't part of this
+project, so without them five textures of the same sizes stand in: Gaussian random fields made
+once from a fixed seed, each with one photograph's mean colour, colour axes, skewness and radial
+spectrum. Measured against the photographs after the same downscale: FIGURES
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from utils.errors import InputError
+
+PHOTOGRAPHS = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
+SMALLEST_SIDE = 315  # of any photograph, and of any stand-in
+
+
+@dataclass(frozen=True)
+class Look:
+    """Statistics of one photograph, on the 0…255 scale.
+
+    size: height, width; mean: RGB; axes: the two main axes of colour, RGB per standard deviation;
+    skew: quadratic part of the first axis; spectrum: power along the first axis at 2⁻⁹, 2⁻⁸, …,
+    2⁻¹ cycles per pixel, in dB.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    axes: tuple[tuple[float, ...], tuple[float, ...]]
+    skew: float
+    spectrum: tuple[float, ...]
+
+
+_WHITE = Look(
+    (315, 560),
+    (195.0, 199.5, 208.8),
+    ((20.3, 21.0, 21.5), (1.4, 0.2, -1.5)),
+    -0.17,
+    (50, 51, 28, 31, 24, 22, 15, 11, 0),
+)
+LOOKS = (
+    Look(
+        (600, 900),
+        (82.0, 148.9, 163.9),
+        ((29.5, 17.8, 13.8), (-8.6, 5.9, 11.0)),
+        0.09,
+        (59, 46, 36, 28, 21, 13, 11, 9, 0),
+    ),
+    _WHITE,  # the second and the third photograph show the same picture
+    _WHITE,
+    Look(
+        (350, 527),
+        (151.6, 166.7, 179.5),
+        ((27.9, 27.9, 29.1), (1.4, 1.0, -2.2)),
+        0.02,
+        (51, 39, 16, 24, 21, 17, 14, 10, 0),
+    ),
+    Look(
+        (495, 660),
+        (102.1, 113.3, 125.2),
+        ((37.8, 37.2, 36.2), (-1.2, -0.1, 1.3)),
+        0.08,
+        (42, 28, 31, 26, 22, 16, 11, 5, 0),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Textures:
+    """`count` scaled textures, in one uint8 (count, 3, H', W'), padded at the right and below.
+
+    sizes: int64 (count, 2), height and width without the padding.
+    """
+
+    pixels: Tensor
+    sizes: Tensor
+
+
+@functools.lru_cache(maxsize=8)
+def textures(frost_dir: str | None, factor: float, device: torch.device) -> Textures:
+    """The photographs in `frost_dir`, or the stand-ins for None, scaled by `factor`; cached.
+
+    Raises InputError when the folder or one of the photographs is missing or unreadable.
+    """
+    full = _synthetic() if frost_dir is None else _photographs(Path(frost_dir))
+    scaled = [_downscale(texture, factor) for texture in full]
+    sizes = torch.tensor([texture.shape[1:] for texture in scaled])
+    pixels = torch.zeros(len(scaled), 3, *sizes.max(0).values.tolist(), dtype=torch.uint8)
+    for row, texture in zip(pixels, scaled, strict=True):
+        row[:, : texture.shape[1], : texture.shape[2]] = texture
+    return Textures(pixels.to(device), sizes.to(device))
+
+
+def _photographs(folder: Path) -> list[Tensor]:
+    """The five photographs as uint8 (3, H, W), transparency dropped."""
+    if not folder.is_dir():
+        raise InputError(f"--frost_dir {folder}: no such folder")
+    found = []
+    for name in PHOTOGRAPHS:
+        if not (folder / name).is_file():
+            raise InputError(
+                f"--frost_dir {folder}: {name} is missing; it must hold {', '.join(PHOTOGRAPHS)}"
+            )
+        try:
+            with Image.open(folder / name) as image:
+                rgb = np.array(image.convert("RGB"))
+        except (OSError, UnidentifiedImageError) as error:
+            raise InputError(f"--frost_dir {folder}: can't read {name}: {error}") from error
+        found.append(torch.from_numpy(rgb).permute(2, 0, 1))
+    return found
+
+
+def _synthetic() -> list[Tensor]:
+    """Five textures from a fixed seed, with the looks of the photographs, as uint8 (3, H, W)."""
+    generator = torch.Generator().manual_seed(20190527)
+    return [_random_texture(look, generator) for look in LOOKS]
+
+
+def _random_texture(look: Look, generator: torch.Generator) -> Tensor:
+    height, width = look.size
+    frequency = torch.hypot(
+        torch.fft.fftfreq(height, dtype=torch.float64)[:, None],
+        torch.fft.rfftfreq(width, dtype=torch.float64)[None],
+    )
+    octave = frequency.clamp(2.0**-9, 2.0**-1).log2().numpy()
+    power = 10 ** (np.interp(octave, np.arange(-9, 0), look.spectrum) / 10)
+    amplitude = torch.from_numpy(np.sqrt(power))
+    noise = torch.randn(2, height, width, generator=generator, dtype=torch.float64)
+    field = torch.fft.irfft2(torch.fft.rfft2(noise) * amplitude, s=look.size)
+    field = _standardized(field)
+    field[0] = _standardized(field[0] + look.skew * field[0] ** 2)
+    mean = torch.tensor(look.mean, dtype=torch.float64)
+    axes = torch.tensor(look.axes, dtype=torch.float64)
+    rgb = mean[:, None, None] + torch.einsum("kc,khw->chw", axes, field)
+    return rgb.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _standardized(field: Tensor) -> Tensor:
+    spread, centre = torch.std_mean(field, dim=(-2, -1), keepdim=True)
+    return (field - centre) / spread
+
+
+def _downscale(image: Tensor, factor: float) -> Tensor:
+    """Plain bilinear sampling of uint8 (3, H, W) at (i + ½)/factor − ½, without antialiasing."""
+    rows, columns = (_sampling(size, factor) for size in image.shape[1:])
+    return (rows @ image.double() @ columns.T).add_(0.5).to(torch.uint8)
+
+
+def _sampling(size: int, factor: float) -> Tensor:
+    """Bilinear sampling along an axis of `size` as a float64 (round(size·factor), size) matrix."""
+    count = round(size * factor)
+    position = ((np.arange(count) + 0.5) / factor - 0.5).clip(0, size - 1)
+    low = position.astype(int).clip(max=size - 2)
+    matrix = np.zeros((count, size))
+    matrix[np.arange(count), low] = 1 - (position - low)
+    matrix[np.arange(count), low + 1] = position - low
+    return torch.from_numpy(matrix)

@@ -1,0 +1,104 @@
+"""A set of images in memory: what every dataset here loads to and every corruption maps.
+
+Images stay uint8 from the disk to the batch (`loader.BatchLoader` makes the floats).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from utils.errors import InputError
+
+SPLITS = ("train", "val", "test", "all")
+
+
+@dataclass
+class ImageSet:
+    """Images with labels, and where they stand in the published set.
+
+    images  uint8 (N, 3, H, W), CPU
+    labels  int64 (N,), indices into `classes`
+    classes class names; the index is the label
+    name    the dataset, e.g. "cifar10"
+    rows    int64 (N,): the row of each image in its published part, that is in split "all" for
+            train and val, in split "test" for test. Corrupted copies are kept in this order.
+    total   number of rows of that part
+    files   "<class>/<file>" of each image where the set is kept as image files, else empty
+    source  in words, where the pixels come from
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: list[str]
+    name: str
+    rows: torch.Tensor | None = None
+    total: int | None = None
+    files: list[str] = field(default_factory=list, repr=False)
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        count = len(self.images)
+        if self.images.dtype != torch.uint8 or self.images.dim() != 4 or self.images.shape[1] != 3:
+            raise InputError(
+                f"{self.name}: images must be uint8 (N, 3, H, W), "
+                f"got {self.images.dtype} {tuple(self.images.shape)}"
+            )
+        if self.labels.dtype != torch.int64 or self.labels.shape != (count,):
+            raise InputError(
+                f"{self.name}: labels must be int64 ({count},), "
+                f"got {self.labels.dtype} {tuple(self.labels.shape)}"
+            )
+        if self.rows is None:
+            self.rows = torch.arange(count)
+        if self.total is None:
+            self.total = count
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def subset(self, indices: torch.Tensor | Sequence[int]) -> ImageSet:
+        """The images at `indices` (int64 positions in this set), in that order, copied."""
+        indices = torch.as_tensor(indices, dtype=torch.int64)
+        return replace(
+            self,
+            images=self.images[indices],
+            labels=self.labels[indices],
+            rows=self.rows[indices],
+            files=[self.files[i] for i in indices.tolist()] if self.files else [],
+        )
+
+
+def split_rows(total: int, val_rows: torch.Tensor, split: str) -> torch.Tensor:
+    """Rows (int64, ascending) of `split` in a part of `total` rows; `val_rows` are validation's.
+
+    In the test part there is no validation: "test" and "all" are every row.
+    """
+    if split in ("all", "test"):
+        return torch.arange(total)
+    is_val = torch.zeros(total, dtype=torch.bool)
+    is_val[val_rows] = True
+    return torch.nonzero(is_val if split == "val" else ~is_val).flatten()
+
+
+def check_split(split: str) -> None:
+    """Raise InputError unless `split` is one of SPLITS."""
+    if split not in SPLITS:
+        raise InputError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
+
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed from `parts` (numbers and strings), the same in every process and version."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def fingerprint(image_set: ImageSet) -> str:
+    """16 hexadecimal digits of the SHA-256 over shape, pixels and labels, for results files."""
+    digest = hashlib.sha256(repr(tuple(image_set.images.shape)).encode())
+    digest.update(image_set.images.contiguous().numpy())
+    digest.update(image_set.labels.contiguous().numpy())
+    return digest.hexdigest()[:16]

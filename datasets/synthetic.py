@@ -1,0 +1,197 @@
+"""The data set `synthetic`: small natural-looking pictures made from a seed, nothing downloaded.
+
+For the demo and the tests, not for the paper's tables. Each picture shows one textured, lit object
+on a cluttered 1/f background. Its class is told twice: by a fine texture (periods of 3 to 5 pixels
+at 32x32), which noise, blur and low contrast wipe out, and by the outline, which survives them. So
+a standard model drops under corruption and a robust one recovers, as with photographs.
+The split `pretrain` plays ImageNet's part: more pictures, of 20 other classes.
+
+    from datasets import synthetic
+    train, test = synthetic.load("train"), synthetic.load("test")
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets.images import ImageSet
+from utils.errors import InputError, suggest
+
+SEED = 2302
+SIZES = {"all": 10_000, "test": 2_000, "pretrain": 20_000}
+VAL_FRACTION = 0.1  # the last rows of `all`
+SPLITS = ("train", "val", "test", "all", "pretrain")
+TEXTURE_CONTRAST = (0.1, 0.26)
+BLOCK = 200  # images drawn together from one generator; a multiple of both class counts
+
+# Outline in polar coordinates about the object's centre, in units of its radius:
+#   R(φ) = 1 − depth·(½ − ½·cos(lobes·φ))^sharp, with a hole of radius `hole`, `long` times as long.
+OUTLINES = {  # name: (lobes, depth, sharp, hole, long)
+    "disk": (0, 0.0, 1.0, 0.0, 1.0),
+    "ring": (0, 0.0, 1.0, 0.55, 1.0),
+    "bean": (2, 0.6, 1.0, 0.0, 1.0),
+    "triangle": (3, 0.55, 0.7, 0.0, 1.0),
+    "cross": (4, 0.65, 1.2, 0.0, 1.0),
+    "star": (5, 0.6, 0.8, 0.0, 1.0),
+    "flower": (6, 0.35, 1.5, 0.3, 1.0),
+    "leaf": (0, 0.0, 1.0, 0.0, 2.4),
+    "cog": (9, 0.25, 1.0, 0.0, 1.0),
+    "drop": (1, 0.65, 0.3, 0.0, 1.0),
+    # for pretraining
+    "egg": (1, 0.3, 1.5, 0.0, 1.2),
+    "hoop": (0, 0.0, 1.0, 0.6, 1.6),
+    "clover": (3, 0.6, 1.5, 0.0, 1.0),
+    "kite": (4, 0.5, 0.6, 0.0, 1.5),
+    "sun": (8, 0.45, 0.8, 0.0, 1.0),
+}
+# A wave along the object's axis p, its distance ρ from the centre and its angle φ, times one across
+# (axis q); frequencies in cycles per half image side, so 4 is a period of 4 pixels at 32x32:
+#   cos(2π(along·p + radial·ρ) + spokes·φ + wobble·sin(4πq)) · cos(2π·across·q)
+TEXTURES = {  # name: (along, across, radial, spokes, wobble)
+    "bars": (5.0, 0.0, 0.0, 0, 0.0),
+    "spokes": (0.0, 0.0, 0.0, 14, 0.0),
+    "checks": (3.6, 3.6, 0.0, 0, 0.0),
+    "stripes": (0.0, 5.0, 0.0, 0, 0.0),
+    "circles": (0.0, 0.0, 4.6, 0, 0.0),
+    "waves": (3.8, 0.0, 0.0, 0, 1.8),
+    "swirl": (0.0, 0.0, 3.2, 5, 0.0),
+    "bricks": (2.6, 5.4, 0.0, 0, 0.0),
+    "scales": (0.0, 3.0, 4.5, 0, 0.0),
+    "planks": (5.4, 2.6, 0.0, 0, 0.0),
+    # for pretraining
+    "lattice": (4.4, 4.4, 0.0, 0, 0.0),
+    "fan": (2.5, 0.0, 0.0, 9, 0.0),
+    "ripples": (0.0, 4.2, 0.0, 0, 0.0),
+    "zigzag": (4.6, 0.0, 2.0, 0, 1.2),
+}
+# Ten classes, each an outline and a texture of its own; twenty for pretraining, every pair of the
+# five further outlines and four further textures, so that both cues have to be learnt.
+CLASSES = {f"{t} {o}": (o, t) for o, t in zip(list(OUTLINES)[:10], list(TEXTURES)[:10], strict=True)}
+PRETRAIN_CLASSES = {f"{t} {o}": (o, t) for o in list(OUTLINES)[10:] for t in list(TEXTURES)[10:]}
+
+
+def load(
+    split: str = "train", image_size: int | None = None, sizes: Mapping[str, int] | None = None
+) -> ImageSet:
+    """Make one split; the same images for the same arguments, bit for bit.
+
+    split: train | val | test | all (train, then val) | pretrain. image_size: side in pixels,
+    default 32; the scene is the same at any size, only the background's draws differ.
+    sizes: numbers of images for "all", "test", "pretrain" instead of SIZES; a smaller set is the
+    beginning of a larger one. Classes are balanced in every run of 10 (pretrain: 20) rows.
+    Returns an ImageSet, images uint8 (N, 3, image_size, image_size).
+    Raises InputError for an unknown split or set, or a size out of range.
+    """
+    if split not in SPLITS:
+        raise InputError(
+            f"synthetic has no split {split!r}: one of {', '.join(SPLITS)}{suggest(split, SPLITS)}"
+        )
+    side = 32 if image_size is None else image_size
+    if not 16 <= side <= 256:
+        raise InputError(f"synthetic images are 16 to 256 pixels wide, not --image_size {side}")
+    sizes = SIZES | dict(sizes or {})
+    for name, size in sizes.items():
+        if name not in SIZES or size < 1:
+            raise InputError(
+                f"sizes[{name!r}] = {size}: wants {', '.join(SIZES)} and 1 image or more"
+            )
+
+    stream = split if split in SIZES else "all"
+    first, last = 0, sizes[stream]
+    cut = last - round(last * VAL_FRACTION)
+    if split == "train":
+        last = cut
+    elif split == "val":
+        first = cut
+    kinds = PRETRAIN_CLASSES if split == "pretrain" else CLASSES
+    parts = []
+    for block in range(first // BLOCK, -(-last // BLOCK)):
+        rows = slice(max(first - block * BLOCK, 0), last - block * BLOCK)
+        parts.append([part[rows] for part in _draw_block(stream, block, side, kinds)])
+    images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    return ImageSet(images, labels, list(kinds), "synthetic")
+
+
+def _draw_block(
+    stream: str, block: int, side: int, classes: Mapping[str, tuple[str, str]]
+) -> tuple[Tensor, Tensor]:
+    """Images uint8 (BLOCK, 3, side, side) and labels int64 (BLOCK,) of one block of a stream."""
+    seed = np.random.SeedSequence([SEED, list(SIZES).index(stream), block])
+    generator = torch.Generator().manual_seed(int(seed.generate_state(1)[0]))
+    labels = torch.rand(BLOCK // len(classes), len(classes), generator=generator)
+    labels = labels.argsort(1).flatten()
+    lobes, depth, sharp, hole, long = _columns([OUTLINES[o] for o, _ in classes.values()], labels)
+    along, across, radial, spokes, wobble = _columns(
+        [TEXTURES[t] for _, t in classes.values()], labels
+    )
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        draw = torch.rand(BLOCK, *(shape or (1, 1)), generator=generator)
+        return low + (high - low) * draw
+
+    # The object: place, scale, turn, tilt.
+    turn, tilt, radius = uniform(-0.5, 0.5), uniform(0.8, 1.0), uniform(0.55, 0.85)
+    x0, y0 = uniform(-0.25, 0.25), uniform(-0.25, 0.25)
+    grid = (torch.arange(side) + 0.5) * (2 / side) - 1
+
+    def outline(x0: Tensor, y0: Tensor, softness: float):
+        """Cover (BLOCK, side, side) in [0, 1] and the object's coordinates p, q there."""
+        x, y = grid - x0, grid[:, None] - y0
+        p, q = turn.cos() * x + turn.sin() * y, (turn.cos() * y - turn.sin() * x) / tilt
+        u, v = p / radius, q * long / radius
+        rho, phi = torch.hypot(u, v), torch.atan2(v, u)
+        edge = 1 - depth * (0.5 - 0.5 * (lobes * phi).cos()).clamp_min(0).pow(sharp)
+        gap = torch.minimum(edge - rho, rho - hole) * radius / softness
+        return (gap + 0.5).clamp(0, 1), p, q
+
+    cover, p, q = outline(x0, y0, 2 / side)
+    rho, phi = torch.hypot(p, q), torch.atan2(q, p)
+    period = uniform(0.88, 1.12)
+    wave = 2 * math.pi * (along * p + radial * rho) / period + uniform(0, 2 * math.pi)
+    wave = (wave + spokes * phi + wobble * (4 * math.pi * q).sin()).cos()
+    wave = wave * (2 * math.pi * across * q / period + uniform(0, 2 * math.pi) * (across > 0)).cos()
+    texture = wave * uniform(*TEXTURE_CONTRAST)
+
+    # Light: a gradient over the scene, shading over the object, its shadow on the ground.
+    angle = uniform(0, 2 * math.pi)
+    ramp = angle.cos() * grid + angle.sin() * grid[:, None]
+    shading = (angle.cos() * (grid - x0) + angle.sin() * (grid[:, None] - y0)) / radius
+    shadow, _, _ = outline(x0 - 0.15 * angle.cos(), y0 - 0.15 * angle.sin(), 8 / side)
+
+    fields = _power_law_fields(generator, uniform(1.0, 1.4, 1, 1, 1), side)
+    means = uniform(-1.0, 1.0, 6, 1, 1)
+    ground = 0.5 + 0.25 * _colour(means[:, :3])
+    ground = ground + uniform(0.04, 0.14, 1, 1, 1) * _colour(fields[:, :3])
+    body = 0.5 + 0.25 * _colour(means[:, 3:])
+    body = body + uniform(0.02, 0.06, 1, 1, 1) * _colour(fields[:, 3:])
+    ground = ground * (1 - uniform(0.1, 0.5) * shadow).unsqueeze(1)
+    body = (body + texture.unsqueeze(1)) * (1 + uniform(0.1, 0.35) * shading).unsqueeze(1)
+    image = ground + cover.unsqueeze(1) * (body - ground)
+    image = image * (1 + uniform(0.0, 0.25) * ramp).unsqueeze(1)
+    image = image + 0.008 * torch.randn(image.shape, generator=generator)  # the camera's
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8), labels
+
+
+def _columns(rows: list[tuple[float, ...]], labels: Tensor) -> tuple[Tensor, ...]:
+    """Each column of a table of classes as (n, 1, 1), the entry of every image's class."""
+    return tuple(torch.tensor(rows, dtype=torch.float32)[labels].T[:, :, None, None])
+
+
+def _power_law_fields(generator: torch.Generator, slope: Tensor, side: int) -> Tensor:
+    """Six random fields (n, 6, side, side), mean 0, variance 1, amplitude ∝ 1/frequency^slope."""
+    noise = torch.randn(len(slope), 6, side, side, generator=generator)
+    frequency = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side))
+    frequency[0, 0] = math.inf
+    fields = torch.fft.irfft2(torch.fft.rfft2(noise) * frequency**-slope, s=(side, side))
+    return fields / fields.std((2, 3), keepdim=True)
+
+
+def _colour(fields: Tensor) -> Tensor:
+    """RGB (n, 3, H, W) from one field of luminance and two, weaker, of opponent colours."""
+    basis = torch.tensor([[1.0, 0.5, 0.25], [1.0, 0.0, -0.5], [1.0, -0.5, 0.25]])
+    return torch.einsum("ck,nkhw->nchw", basis, fields)

@@ -1,0 +1,43 @@
+"""The paper's classifiers: VGG without batch norm, and ResNets, on torchvision's classes.
+
+model = build_model("vgg16", num_classes=10, mean=MEAN, std=STD)
+logits = model(images)          # images (N, 3, H, W) in [0, 1]; the model normalizes by itself
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from models.resnet import RESNETS, ResNet
+from models.vgg import VGG, VGGS
+from utils.errors import InputError, suggest
+
+ARCHS = (*VGGS, *RESNETS)
+
+
+def build_model(
+    arch: str,
+    num_classes: int,
+    mean: Sequence[float] = (0.0, 0.0, 0.0),
+    std: Sequence[float] = (1.0, 1.0, 1.0),
+) -> nn.Module:
+    """A freshly initialized `arch`: images (N, 3, H, W) in [0, 1] → logits (N, num_classes).
+
+    `mean` and `std` (per channel, in [0, 1] units) become the buffers `normalize.mean` and
+    `normalize.std`. State-dict keys are torchvision's; VGG's head is one linear `classifier`.
+    Raises InputError for an unknown architecture.
+    """
+    if arch in VGGS:
+        return VGG(arch, num_classes, mean, std)
+    if arch in RESNETS:
+        return ResNet(arch, num_classes, mean, std)
+    raise InputError(
+        f"--arch {arch}: unknown architecture{suggest(arch, ARCHS)}; known: {', '.join(ARCHS)}"
+    )
+
+
+def head_prefix(arch: str) -> str:
+    """The state-dict prefix of the classification head of `arch`, e.g. "fc."."""
+    return "classifier." if arch.startswith("vgg") else "fc."

@@ -1,0 +1,34 @@
+"""ResNets with torchvision's blocks and ImageNet stem, normalizing their input themselves.
+
+He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torchvision.models import resnet
+
+from models.normalize import Normalize
+
+RESNETS = {
+    "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (resnet.Bottleneck, [3, 4, 23, 3]),
+}
+
+
+class ResNet(resnet.ResNet):
+    """torchvision's ResNet, keys unchanged, with `normalize.mean` and `normalize.std` in front."""
+
+    def __init__(
+        self, arch: str, num_classes: int, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        block, depths = RESNETS[arch]
+        super().__init__(block, depths, num_classes=num_classes)
+        self.normalize = Normalize(mean, std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.normalize(x))

@@ -1,0 +1,39 @@
+"""VGG without batch norm as the paper uses it: convolutions, average pool to 1×1, one linear head.
+
+Simonyan & Zisserman, "Very Deep Convolutional Networks", ICLR 2015; configurations A, B, D, E.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.vgg import cfgs, make_layers
+
+from models.normalize import Normalize
+
+VGGS = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}
+
+
+class VGG(nn.Module):
+    """torchvision's convolutions (`features.N.*`) under a 512 → `num_classes` `classifier`."""
+
+    def __init__(
+        self, arch: str, num_classes: int, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self.normalize = Normalize(mean, std)
+        self.features = make_layers(cfgs[VGGS[arch]], batch_norm=False)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(512, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.classifier.weight, 0, 0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(self.normalize(x))
+        return self.classifier(torch.flatten(self.avgpool(x), 1))

@@ -1,0 +1,130 @@
+"""The blur corruptions and their filters against one-image references."""
+
+import numpy as np
+import pytest
+import torch
+
+from datasets.corruptions import blur, filters
+from datasets.corruptions.draws import Draws
+from tests.reference import Recorder
+from tests.reference import blur as reference
+
+SHAPES = {32: ((32, 32), (20, 33)), 64: ((64, 64), (64, 51))}
+CASES = [
+    (size, shape, severity)
+    for size, shapes in SHAPES.items()
+    for shape in shapes
+    for severity in ((1, 2, 3, 4, 5) if shape[0] == shape[1] else (3, 5))
+]
+
+
+def photographs(n, height, width):
+    """Smooth shapes, edges, noise and flat saturated patches, uint8 (n, 3, H, W)."""
+    generator = torch.Generator().manual_seed(7)
+    coarse = torch.rand(n, 3, 5, 5, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
+    texture = 0.2 * torch.randn(n, 3, height, width, generator=generator)
+    x = smooth + texture * (smooth > 0.6)
+    x[:, :, : height // 3, : width // 4] = 1
+    return (x.clamp(0, 1) * 255).to(torch.uint8)
+
+
+def compare(name, size, shape, severity, allowed):
+    images = photographs(3, *shape)
+    c = getattr(blur, name.upper())[size][severity - 1]
+    if name in ("glass_blur", "motion_blur"):
+        draws = Recorder(Draws(3, "cpu", seed=severity))
+        ours = getattr(blur, name)(images, c, draws)
+    else:
+        draws = None
+        ours = getattr(blur, name)(images, c)
+    ours = ours.permute(0, 2, 3, 1).numpy().astype(int)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        given = () if draws is None else (draws.image(i),)
+        theirs = getattr(reference, name)(image, c, *given)
+        assert np.abs(ours[i] - theirs).max() <= 1
+        assert (ours[i] != theirs).mean() <= allowed
+
+
+@pytest.mark.parametrize(("size", "shape", "severity"), CASES)
+@pytest.mark.parametrize(
+    "name", ["gaussian_blur", "defocus_blur", "zoom_blur", "glass_blur", "motion_blur"]
+)
+def test_matches_reference_with_the_same_draws(name, size, shape, severity):
+    compare(name, size, shape, severity, allowed=0.005)
+
+
+def test_constant_images_stay_as_they_are():
+    """Weights sum to one and borders are filled with image values; truncation takes nothing."""
+    values = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    for name in ("gaussian_blur", "defocus_blur", "zoom_blur", "glass_blur", "motion_blur"):
+        for size in (32, 64):
+            for c in getattr(blur, name.upper())[size]:
+                draws = [Draws(256, "cpu", 0)] if name in ("glass_blur", "motion_blur") else []
+                assert torch.equal(getattr(blur, name)(values, c, *draws), values), (name, c)
+
+
+@pytest.mark.parametrize("phi", [-45.0, -30.0, 0.0, 20.0, 44.9, -90.0, -135.0, -100.0])
+def test_motion_blur_of_one_white_pixel_is_a_line_at_phi(phi):
+    """The pixel at tap i's offset from the one that reads it lights up with tap i's weight."""
+    image = torch.zeros(1, 1, 65, 65, dtype=torch.uint8)
+    image[..., 32, 32] = 255
+    out = filters.motion_blur(image, torch.tensor([phi]), 9, 2.5)[0, 0]
+    expected = np.zeros((65, 65))
+    weights = np.exp(-(np.arange(19) ** 2) / (2 * 2.5**2))
+    for i, weight in enumerate(weights / weights.sum()):
+        dx = int(np.ceil(i * np.cos(np.deg2rad(phi)) - 0.5))
+        dy = int(np.ceil(i * np.sin(np.deg2rad(phi)) - 0.5))
+        expected[32 - dy, 32 - dx] += 255 * weight
+    expected = np.floor(np.round(257 * expected) / 257)
+    assert np.abs(out.numpy() - expected).max() <= (phi % 45 == 0)  # ties of ⌈·−½⌉ may part
+
+
+def test_glass_copies_come_from_where_they_should():
+    """At δ = 2 copies chain: a pixel may receive one that was itself copied in the same pass."""
+    n, height, width, delta = 4, 12, 17, 2
+    draws = Recorder(Draws(n, "cpu", seed=0))
+    source = blur._glass_pass(n, height, width, delta, draws)[:, 0].view(n, height, width)
+    chained = 0
+    for i in range(n):
+        y = np.arange(height * width).reshape(height, width)
+        k = draws.image(i).integers(0, 16, height - 4, width - 4)
+        for h in range(height - delta, delta, -1):
+            for w in range(width - delta, delta, -1):
+                dy, dx = divmod(int(k[h - 3, w - 3]), 4)
+                chained += y[h + dy - 2, w + dx - 2] != (h + dy - 2) * width + w + dx - 2
+                y[h, w] = y[h + dy - 2, w + dx - 2]
+        np.testing.assert_array_equal(source[i].numpy(), y)
+    assert chained > 50
+
+
+def test_zoom_rounds_halves_to_even():
+    """26·1.25 = 32.5: snow's factor gives 32, zoom_blur's, a step above it, 33."""
+    read = filters.zoom_weights(32, 1.25) @ np.arange(32)
+    above = filters.zoom_weights(32, 1.2500000000000002) @ np.arange(32)
+    assert read[1] - read[0] == pytest.approx(25 / 31)
+    assert above[1] - above[0] == pytest.approx(25 / 32)
+
+
+def test_correlate_matches_scipy():
+    from scipy import ndimage
+
+    x = torch.rand(2, 3, 11, 14)
+    kernel = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])
+    for border, mode in (("reflect", "mirror"), ("replicate", "nearest")):
+        ours = filters.correlate(x, kernel, border)
+        theirs = ndimage.correlate(x.numpy(), kernel[None, None], mode=mode)
+        np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("border", "mode"), [("edge", "nearest"), ("reflect", "mirror"), ("symmetric", "reflect")]
+)
+def test_gaussian_borders_match_scipy(border, mode):
+    from scipy import ndimage
+
+    x = torch.rand(2, 9, 13)
+    for sigma, cut in ((0.05, 4), (0.8, 4), (3.0, 3)):
+        ours = filters.gaussian_blur(x, sigma, cut, border)
+        theirs = ndimage.gaussian_filter(x.numpy(), (0, sigma, sigma), mode=mode, truncate=cut)
+        np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-5)

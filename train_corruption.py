@@ -1,0 +1,350 @@
+"""Fine-tune one model: standard (clean images), or robust to one or more corruptions.
+
+Paper, section 5.1: SGD, 50 epochs, lr 0.01 × 0.1 at epochs 20 and 40, batch 128.
+
+    # the standard model θ_std
+    python train_corruption.py --pretrained --lr 0.01 --dataset cifar10 --arch vgg16 \\
+        --data data/cifar10 --save_dir runs/vgg16/standard
+    # a robust model θ_c; the corrupted copy is made in memory unless --data holds one
+    python train_corruption.py --pretrained --lr 0.01 --dataset cifar10-c --arch vgg16 \\
+        --corruption gaussian_noise --data data/cifar10-c --std_data data/cifar10 \\
+        --save_dir runs/vgg16/robust/gaussian_noise
+
+Writes to --save_dir: checkpoint.pth.tar (last epoch), model_SA_best.pth.tar (best on clean
+validation images: θ_std), model_RA_best.pth.tar (best on corrupted ones: θ_c), results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import datasets
+from datasets.corrupted import corrupted_set, mixed_training_set
+from datasets.images import ImageSet, fingerprint
+from datasets.loader import BatchLoader, augmentation_for
+from datasets.normalization import normalization
+from models import ARCHS, build_model
+from utils import arguments, report
+from utils import checkpoint as ckpt
+from utils.engine import choose_device, evaluate, to_device, train_epoch, use_amp
+from utils.errors import InputError, script_errors
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The settings of one run; `argv` as on the command line (default: sys.argv)."""
+    parser = arguments.Parser(__doc__)
+    data = parser.add_argument_group("data")
+    arguments.add_dataset(data)
+    data.add_argument(
+        "--data",
+        metavar="DIR",
+        help="the data set; for a robust model the corrupted set in a published layout, "
+        "or the clean one: what is not there is generated",
+    )
+    data.add_argument("--std_data", metavar="DIR", help="the clean set, if --data is corrupted")
+    data.add_argument(
+        "--corruption",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="train a robust model; of several corruptions each image is under one",
+    )
+    arguments.add_corruption(data)
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--arch", default="vgg16", choices=ARCHS, help="architecture")
+    model.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="start from --pretrained_path, or without it from torchvision's ImageNet weights",
+    )
+    model.add_argument("--pretrained_path", metavar="FILE", help="checkpoint to start from")
+
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--lr", type=float, default=0.01, help="initial learning rate")
+    recipe.add_argument("--momentum", type=float, default=0.9, help="of SGD")
+    recipe.add_argument("--weight_decay", type=float, default=5e-4, help="of all parameters")
+    recipe.add_argument("--batch_size", type=int, default=128, help="images per step")
+    recipe.add_argument("--epochs", type=int, default=50, help="passes over the training images")
+    recipe.add_argument(
+        "--decreasing_lr",
+        default="20,40",
+        metavar="E,E",
+        help="epochs after which the learning rate is multiplied by 0.1",
+    )
+    recipe.add_argument(
+        "--seed", type=int, default=0, help="of head, order, augmentation and corruption draws"
+    )
+
+    parser.add_argument("--save_dir", required=True, metavar="DIR", help="for the checkpoints")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="FILE",
+        help="go on from FILE, or from --save_dir if it holds a checkpoint, else start",
+    )
+    parser.add_argument(
+        "--print_freq", type=int, default=100, metavar="STEPS", help="between loss updates"
+    )
+    arguments.add_device(parser)
+    args = parser.parse_args(argv)
+    check(args)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise InputError for every value that can be judged before anything is read."""
+    dataset = datasets.base_name(args.dataset)
+    if args.dataset.endswith("-c") and not args.corruption:
+        raise InputError(
+            f"--dataset {args.dataset} is a corrupted set: name a --corruption, "
+            f"or train a standard model on {dataset}"
+        )
+    arguments.check_corruptions(args.corruption)
+    arguments.check_severity(args.severity)
+    arguments.check_at_least(
+        args, batch_size=1, epochs=1, print_freq=1, lr=0, momentum=0, weight_decay=0, seed=0
+    )
+    milestones(args.decreasing_lr)
+
+
+def milestones(text: str) -> list[int]:
+    """The epochs in a --decreasing_lr value such as "20,40"."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InputError(
+            f"--decreasing_lr {text}: epochs separated by commas, e.g. 20,40"
+        ) from None
+
+
+# ---- data and model -------------------------------------------------------------------------
+
+
+def load_data(args: argparse.Namespace, device: torch.device) -> dict[str, ImageSet]:
+    """ "train" (corrupted for a robust model), the clean "val" and "test", and a "val NAME" and
+    "test NAME" for each corruption NAME, all sharing one split."""
+    dataset = datasets.base_name(args.dataset)
+    root = args.std_data or args.data
+    parts = ("train", "val", "test")
+    sets = {part: datasets.load(dataset, root, part, args.image_size) for part in parts}
+    draw = {
+        "severity": args.severity,
+        "seed": args.seed,
+        "root": args.data,
+        "frost_dir": args.frost_dir,
+        "device": device,
+    }
+    for name in args.corruption:
+        for part in ("val", "test"):
+            sets[f"{part} {name}"] = corrupted_set(sets[part], name, split=part, **draw)
+    if args.corruption:
+        sets["train"] = mixed_training_set(sets["train"], args.corruption, split="train", **draw)
+    return sets
+
+
+def start_model(args: argparse.Namespace, train: ImageSet) -> tuple[nn.Module, str | None]:
+    """The model to fine-tune, and the hash of the pretrained weights in it (None: none)."""
+    mean, std = normalization(train.name, train)
+    model = build_model(args.arch, len(train.classes), mean, std)
+    if not (args.pretrained or args.pretrained_path):
+        return model, None
+    if args.pretrained_path:
+        path, state = args.pretrained_path, ckpt.read_state_dict(args.pretrained_path)
+    else:
+        path, state = "torchvision's ImageNet weights", ckpt.imagenet_state_dict(args.arch)
+    dropped = ckpt.load_pretrained(model, args.arch, state, path)
+    if dropped:
+        print(f"{path}: {', '.join(dropped)} left out, a new head has {len(train.classes)} classes")
+    return model, ckpt.backbone_hash(state)
+
+
+# ---- training -------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> dict:
+    """Run the recipe of `args` (from `parse_args`); gives what it writes to results.json."""
+    device = choose_device(args.device)
+    amp = use_amp(device, args.amp)
+    torch.manual_seed(args.seed)
+    folder = Path(args.save_dir)
+    sets = load_data(args, device)
+    model, pretrained_hash = start_model(args, sets["train"])
+    print_header(args, sets, pretrained_hash, device, amp)
+
+    model = to_device(model, device)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=args.lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(
+        optimizer, milestones(args.decreasing_lr), gamma=0.1
+    )
+    loader = BatchLoader(
+        sets["train"],
+        args.batch_size,
+        augment=augmentation_for(sets["train"].name),
+        device=device,
+        shuffle=True,
+        seed=args.seed,
+    )
+    progress = {"epoch": 0, "best_sa": -1.0, "best_ra": -1.0, "history": []}
+    parts = {"optimizer": optimizer, "scheduler": scheduler, "loader": loader}
+    if args.resume:
+        resume(args, model, parts, progress)
+
+    for epoch in range(progress["epoch"] + 1, args.epochs + 1):
+        start = time.perf_counter()
+        stats = train_epoch(
+            model,
+            loader,
+            optimizer,
+            amp=amp,
+            print_freq=args.print_freq,
+            title=f"epoch {epoch}/{args.epochs}",
+        )
+        scheduler.step()
+        speed = len(loader.images) / (time.perf_counter() - start)
+
+        sa = evaluate(model, sets["val"], amp=amp, title="clean validation")
+        ras = {
+            name: evaluate(model, sets[f"val {name}"], amp=amp, title=f"{name} validation")
+            for name in args.corruption
+        }
+        ra = report.mean(ras.values()) if ras else None
+        print(
+            f"epoch {epoch}/{args.epochs}  loss {stats.loss:.4f}  train {stats.accuracy:.2f}"
+            f"  val clean {sa:.2f}{f'  corrupted {ra:.2f}' if ras else ''}  {speed:,.0f} images/s",
+            flush=True,
+        )
+        better = []
+        if sa > progress["best_sa"]:
+            progress["best_sa"] = sa
+            better.append(ckpt.BEST_SA)
+        if ras and ra > progress["best_ra"]:
+            progress["best_ra"] = ra
+            better.append(ckpt.BEST_RA)
+        progress["epoch"] = epoch
+        progress["history"].append(
+            {
+                "epoch": epoch,
+                "loss": stats.loss,
+                "train": stats.accuracy,
+                "val_clean": sa,
+                "val_corrupted": ras,
+                "images_per_second": round(speed, 1),
+            }
+        )
+        content = {
+            "state_dict": model.state_dict(),
+            **{name: part.state_dict() for name, part in parts.items()},
+            "rng": torch.get_rng_state(),
+            **progress,
+            **identity(args),
+            "pretrained_hash": pretrained_hash,
+        }
+        for name in (*better, ckpt.LAST):
+            ckpt.save(content, folder / name)
+
+    # Validation has chosen; the test images are read once, by the chosen model.
+    best = folder / (ckpt.BEST_RA if args.corruption else ckpt.BEST_SA)
+    chosen = ckpt.read(best)
+    ckpt.load_model_weights(model, args.arch, ckpt.state_dict_of(chosen, best), best)
+    ta = evaluate(model, sets["test"], amp=amp, title="clean test")
+    ras = {
+        name: evaluate(model, sets[f"test {name}"], amp=amp, title=f"{name} test")
+        for name in args.corruption
+    }
+    result = {
+        "model": best.name,
+        "epoch": chosen["epoch"],
+        "TA": ta,
+        "RA": ras,
+        "history": progress["history"],
+        "arguments": vars(args),
+        "data": fingerprint(sets["train"]),
+        **report.provenance(device),
+    }
+    report.write_json(folder / "results.json", result)
+    row = [f"{best.name} (epoch {chosen['epoch']})", ta, *ras.values()]
+    print()
+    print(report.markdown_table(["test accuracy, %", "TA", *(f"RA {c}" for c in ras)], [row]))
+    return result
+
+
+def identity(args: argparse.Namespace) -> dict:
+    """What makes a run this run; kept in its checkpoints and compared on --resume."""
+    return {
+        "dataset": datasets.base_name(args.dataset),
+        "arch": args.arch,
+        "corruption": list(args.corruption),
+        "severity": args.severity,
+        "seed": args.seed,
+    }
+
+
+def resume(args: argparse.Namespace, model: nn.Module, parts: dict, progress: dict) -> None:
+    """Continue a run of `train`: weights, optimizer, schedule, random states, best scores."""
+    path = Path(args.save_dir) / ckpt.LAST if args.resume == "auto" else Path(args.resume)
+    if args.resume == "auto" and not path.exists():
+        return
+    saved = ckpt.read(path)
+    missing = {*parts, *progress, "rng"} - saved.keys()
+    if missing:
+        raise InputError(f"--resume {path}: not written by this script ({sorted(missing)} missing)")
+    for name, value in identity(args).items():
+        if saved.get(name) != value:
+            raise InputError(
+                f"--resume {path}: that run has --{name} {saved.get(name)}, this one {value}"
+            )
+    ckpt.load_model_weights(model, args.arch, ckpt.state_dict_of(saved, path), path)
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    torch.set_rng_state(saved["rng"])
+    progress.update({key: saved[key] for key in progress})
+    print(f"resumed {path} after epoch {progress['epoch']}")
+
+
+def print_header(
+    args: argparse.Namespace,
+    sets: dict[str, ImageSet],
+    pretrained_hash: str | None,
+    device: torch.device,
+    amp: bool,
+) -> None:
+    """Say what is about to be trained, on what, and how."""
+    images = sets["train"]
+    counts = ", ".join(f"{len(sets[part]):,} {part}" for part in ("train", "val", "test"))
+    height, width = images.images.shape[-2:]
+    kind = f"robust to {' + '.join(args.corruption)}" if args.corruption else "standard"
+    facts = {
+        "model": f"{args.arch}, {kind}",
+        "data": f"{images.name}, {height}×{width}, {len(images.classes)} classes: {counts}",
+    }
+    if args.corruption:
+        facts["corrupted"] = f"severity {args.severity}, {images.source}"
+    facts |= {
+        **arguments.frost_note(args.corruption, args.frost_dir),
+        "start": f"pretrained weights {pretrained_hash}" if pretrained_hash else "random weights",
+        "recipe": f"{args.epochs} epochs, batch {args.batch_size}, lr {args.lr:g} × 0.1 after "
+        f"{args.decreasing_lr}, momentum {args.momentum:g}, weight decay {args.weight_decay:g}",
+        "seed": args.seed,
+        "device": f"{report.device_name(device)}, {'bf16' if amp else 'float32'}",
+        "writes": args.save_dir,
+    }
+    report.header("train_corruption.py", facts)
+
+
+if __name__ == "__main__":
+    with script_errors():
+        train(parse_args())

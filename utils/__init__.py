@@ -1,0 +1,1 @@
+"""Signatures, quantization, training and evaluation, and the files they are kept in."""

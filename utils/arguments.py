@@ -1,0 +1,102 @@
+"""Flags that several scripts share, with one meaning and one check each."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+
+import datasets
+from datasets.corruptions import CORRUPTIONS
+from utils.errors import InputError, suggest
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The script's docstring as it stands, and each flag's default unless it is empty."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, []):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints look like every other error here: one line, exit 2."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def add_dataset(group: argparse._ActionsContainer) -> None:
+    """--dataset, --image_size."""
+    group.add_argument(
+        "--dataset",
+        default="cifar10",
+        metavar="NAME",
+        help=f"{', '.join(datasets.DATASETS)}; -c at the end names the corrupted set",
+    )
+    group.add_argument(
+        "--image_size", type=int, metavar="PIXELS", help="resize images to this side at decoding"
+    )
+
+
+def add_corruption(group: argparse._ActionsContainer) -> None:
+    """--severity (also in the original's spelling), --frost_dir."""
+    group.add_argument(
+        "--severity",
+        "--serverity",
+        type=int,
+        default=5,
+        metavar="1…5",
+        help="of the corrupted images",
+    )
+    group.add_argument(
+        "--frost_dir",
+        metavar="DIR",
+        help="the original frost photographs; without it a procedural texture stands in",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device, --amp/--no-amp."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    parser.add_argument(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        help="bf16 autocast; by itself on where the hardware has bf16",
+    )
+
+
+def check_corruptions(names: Iterable[str]) -> None:
+    """Raise InputError for an unknown or repeated --corruption."""
+    names = list(names)
+    for name in names:
+        if name not in CORRUPTIONS:
+            raise InputError(
+                f"--corruption {name}: unknown{suggest(name, CORRUPTIONS)}; "
+                f"known: {', '.join(CORRUPTIONS)}"
+            )
+        if names.count(name) > 1:
+            raise InputError(f"--corruption names {name} twice")
+
+
+def check_severity(severity: int) -> None:
+    """Raise InputError unless `severity` is 1 … 5."""
+    if severity not in range(1, 6):
+        raise InputError(f"--severity {severity}: must be 1, 2, 3, 4 or 5")
+
+
+def check_at_least(args: argparse.Namespace, **lowest: float) -> None:
+    """Raise InputError for a flag whose value is below its `lowest` (or not a number)."""
+    for flag, low in lowest.items():
+        if not getattr(args, flag) >= low:
+            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least {low}")
+
+
+def frost_note(corruptions: Iterable[str], frost_dir: str | None) -> dict[str, str]:
+    """A header line saying which frost texture is used, where frost is among the corruptions."""
+    if "frost" not in corruptions:
+        return {}
+    return {"frost": f"photographs in {frost_dir}" if frost_dir else "procedural texture"}

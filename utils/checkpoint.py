@@ -1,0 +1,187 @@
+"""Checkpoints: read whatever researchers have, write ours whole or not at all.
+
+Read: the RWS authors' files (a dict with `state_dict`, with or without `normalize.*`),
+torchvision's ImageNet weights, plain state dicts, and DataParallel's `module.` prefix; half
+precision becomes float32. Files are read with `weights_only=True`, so nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models import head_prefix
+from utils.atomic import replacing
+from utils.errors import InputError
+
+LAST, BEST_SA, BEST_RA = "checkpoint.pth.tar", "model_SA_best.pth.tar", "model_RA_best.pth.tar"
+
+# Published checkpoints hold best accuracies as NumPy scalars; these types carry data, no code.
+_NUMPY_SCALARS = [
+    np.dtype,
+    np.ndarray,
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.float32)),
+    type(np.dtype(np.int64)),
+    (np.core if np.__version__.startswith("1.") else np._core).multiarray.scalar,
+]
+
+
+def read(path: str | os.PathLike) -> dict:
+    """The dict in a checkpoint file, tensors on the CPU.
+
+    Raises InputError when the file is missing, damaged, or holds more than values and tensors.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a checkpoint file in it, e.g. {BEST_SA}")
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint file")
+    try:
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for damaged or refused files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        refused = "weights_only" in reason.lower() or "Unsupported" in reason
+        why = "holds more than weights and was not opened" if refused else "can't be read"
+        raise InputError(f"{path}: the checkpoint {why} ({reason[:120]})") from error
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path}: a checkpoint holds a dict, this is a {type(content).__name__}")
+    return dict(content)
+
+
+def state_dict_of(checkpoint: Mapping, path: str | os.PathLike) -> dict[str, Tensor]:
+    """The float32 state dict in a `read` checkpoint; `path` is for the error messages."""
+    state = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(state, Mapping):
+        raise InputError(f"{path}: its 'state_dict' is no state dict")
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    if not tensors:
+        raise InputError(f"{path}: no tensors in it, so not a state dict")
+    tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point():
+            tensors[key] = tensor = tensor.float()
+            if not torch.isfinite(tensor).all():
+                raise InputError(f"{path}: NaN or Inf in {key}")
+    return tensors
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
+    """`read` and `state_dict_of` in one: state-dict key → float32 tensor on the CPU."""
+    return state_dict_of(read(path), path)
+
+
+def backbone_hash(state: Mapping[str, Tensor]) -> str:
+    """16 hex digits over the weights outside head and normalization: which model this is.
+
+    The same for every file format and precision of storage that gives the same float32 values.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        if key.startswith(("normalize.", "fc.", "classifier.")) or key.endswith("_tracked"):
+            continue
+        digest.update(key.encode())
+        digest.update(state[key].detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_model_weights(
+    model: nn.Module, arch: str, state: Mapping[str, Tensor], path: str | os.PathLike
+) -> None:
+    """Load a fine-tuned model of the same classes into `model`.
+
+    Absent `normalize.*` keep the model's.
+    Raises InputError that lists missing and unexpected keys, or names the tensor whose shape
+    differs (a head of another data set among them).
+    """
+    own = model.state_dict()
+    # Old files lack the counters of batch norm, and many the normalization: ours stand in.
+    optional = ("normalize.", "num_batches_tracked")
+    state = {**{k: v for k, v in own.items() if any(o in k for o in optional)}, **state}
+    _require_same_keys(own, state, arch, path)
+    head = head_prefix(arch)
+    for key, tensor in own.items():
+        if state[key].numel() == tensor.numel() and key.startswith("normalize."):
+            state[key] = state[key].reshape(tensor.shape)  # some files keep (1, 3, 1, 1)
+        if state[key].shape != tensor.shape:
+            hint = "; its head is for another data set" if key.startswith(head) else ""
+            raise InputError(
+                f"{path}: {key} is {tuple(state[key].shape)}, {arch} here has "
+                f"{tuple(tensor.shape)}{hint}"
+            )
+    model.load_state_dict(state)
+
+
+def load_pretrained(
+    model: nn.Module, arch: str, state: Mapping[str, Tensor], path: str | os.PathLike
+) -> list[str]:
+    """Start `model` from pretrained weights of other classes; gives the keys of the head left out.
+
+    The head of a ResNet is always new, a VGG's is taken only when it is one linear layer of the
+    same size; normalization stays the data set's. Raises InputError for missing, unexpected or
+    differently shaped keys beyond the head.
+    """
+    head, own = head_prefix(arch), model.state_dict()
+    theirs = {k: v for k, v in state.items() if k.startswith(head)}
+    fits = arch.startswith("vgg") and {k: v.shape for k, v in theirs.items()} == {
+        k: v.shape for k, v in own.items() if k.startswith(head)
+    }
+    dropped = [] if fits else sorted(theirs)
+    state = {k: v for k, v in state.items() if k not in dropped and not k.startswith("normalize.")}
+    skipped = ("normalize.", "num_batches_tracked")
+    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    ours = {k: v for k, v in own.items() if not any(s in k for s in skipped)}
+    if not fits:
+        ours = {k: v for k, v in ours.items() if not k.startswith(head)}
+    _require_same_keys(ours, state, arch, path)
+    for key, tensor in ours.items():
+        if state[key].shape != tensor.shape:
+            raise InputError(
+                f"{path}: {key} is {tuple(state[key].shape)}, {arch} has {tuple(tensor.shape)}"
+            )
+    model.load_state_dict(state, strict=False)
+    return dropped
+
+
+def imagenet_state_dict(arch: str) -> dict[str, Tensor]:
+    """torchvision's ImageNet weights of `arch`, downloaded once by torch.hub.
+
+    Raises InputError that names --pretrained_path when there is no network and no cached copy.
+    """
+    from torchvision.models import get_model_weights
+
+    try:
+        # V1: the classic recipe, the one of 2022's papers
+        return dict(get_model_weights(arch).IMAGENET1K_V1.get_state_dict(progress=False))
+    except Exception as error:
+        raise InputError(
+            f"--pretrained: torchvision's ImageNet weights of {arch} could not be fetched "
+            f"({type(error).__name__}); name a file with --pretrained_path FILE"
+        ) from error
+
+
+def save(checkpoint: Mapping, path: str | os.PathLike) -> None:
+    """Write a checkpoint dict of tensors and plain values to `path`, atomically."""
+    with replacing(path) as temporary:
+        torch.save(dict(checkpoint), temporary)
+
+
+def _require_same_keys(
+    wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], arch: str, path: str | os.PathLike
+) -> None:
+    missing = sorted(wanted.keys() - given.keys())
+    unexpected = sorted(given.keys() - wanted.keys())
+    if missing or unexpected:
+        told = [
+            f"{what} {', '.join(keys[:6])}{f' and {len(keys) - 6} more' if len(keys) > 6 else ''}"
+            for what, keys in (("missing", missing), ("unexpected", unexpected))
+            if keys
+        ]
+        raise InputError(f"{path} does not hold a {arch}: {'; '.join(told)}")

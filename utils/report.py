@@ -1,0 +1,76 @@
+"""What a script prints and writes: the header, result tables, JSON with its provenance."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torchvision
+
+from utils.atomic import write_text
+
+
+def header(title: str, facts: Mapping[str, object]) -> None:
+    """Print what a run is about to do, a fact per line."""
+    print(title)
+    width = max(map(len, facts))
+    for name, fact in facts.items():
+        print(f"  {name:<{width}}  {fact}")
+    print(flush=True)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table, aligned in plain text too; floats with one decimal, None as a dash."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
+
+    def line(values: Sequence[str]) -> str:
+        first, *rest = zip(values, widths, strict=True)
+        return "| " + " | ".join([first[0].ljust(first[1]), *(v.rjust(w) for v, w in rest)]) + " |"
+
+    rule = "| " + " | ".join(["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]) + " |"
+    return "\n".join([line(list(columns)), rule, *map(line, cells)])
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def device_name(device: torch.device) -> str:
+    """A device as people name it, e.g. "NVIDIA H100 80GB HBM3" or "cpu, AMD EPYC, 2 threads"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+        model = next(line for line in file if line.startswith("model name")).split(":")[1].strip()
+    return ", ".join(filter(None, [device.type, model, f"{torch.get_num_threads()} threads"]))
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """Command, versions and device that every results file carries."""
+    return {
+        "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": device_name(device),
+    }
+
+
+def write_json(path: str | os.PathLike, content: Mapping) -> None:
+    """Write `content` to `path` as JSON, atomically."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def mean(values: Iterable[float]) -> float:
+    """The arithmetic mean of at least one value."""
+    values = list(values)
+    return sum(values) / len(values)
