@@ -7,6 +7,7 @@ Pickles: the first 45,000 training rows are train, the last 5,000 validation. Fo
 from __future__ import annotations
 
 import socket
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,10 @@ def _load_pickles(folder: Path, split: str, image_size: int | None, name: str) -
             )
     # torchvision joins root and base_folder; the pickles may lie in a folder of any name.
     reader = type("Pickles", (published,), {"base_folder": ""})
-    raw = reader(str(folder), train=split != "test")
+    with warnings.catch_warnings():
+        # The published pickles predate NumPy 2.4's wish for a boolean `align`.
+        warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
+        raw = reader(str(folder), train=split != "test")
     chosen = split_rows(len(raw.data), _last_tenth(len(raw.data)), split)
     pixels = raw.data[chosen.numpy()]
     if image_size is not None and image_size != pixels.shape[1]:

@@ -226,7 +226,8 @@ def _published(
 def _load_npy(place: Path) -> np.ndarray:
     try:
         array = np.load(place, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    # A damaged header leads NumPy's parser to anything from ValueError to tokenize.TokenError.
+    except Exception as error:
         raise InputError(f"{place} is not a readable .npy array: {error}") from error
     if not isinstance(array, np.ndarray):
         raise InputError(f"{place} is not a .npy array")

@@ -175,8 +175,7 @@ class BatchLoader:
         if self.shuffle:
             order = torch.randperm(len(self.images), device=self.device, generator=generator)
         draws = self._draw(count, generator)
-        # On a CPU one batch at a time stays in the caches.
-        together = self.batch_size * (1 if self.device.type == "cpu" else _BATCHES_AT_ONCE)
+        together = self._together()
         for first in range(0, count, together):
             chosen = slice(first, min(first + together, count))
             if order is None:
@@ -188,6 +187,10 @@ class BatchLoader:
             for start in range(0, len(images), self.batch_size):
                 batch = slice(start, start + self.batch_size)
                 yield self._to_float(images[batch]), labels[batch]
+
+    def _together(self) -> int:
+        """Images augmented at once: on a CPU one batch, which stays in the caches."""
+        return self.batch_size * (1 if self.device.type == "cpu" else _BATCHES_AT_ONCE)
 
     def _draw(self, count: int, generator: torch.Generator) -> list[Tensor]:
         """Augmentation parameters, each (count,), of the whole epoch in a few kernels."""

@@ -24,12 +24,12 @@ def photographs(n, height, width):
     coarse = torch.rand(n, 3, 5, 5, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
     texture = 0.2 * torch.randn(n, 3, height, width, generator=generator)
-    x = smooth + texture * (smooth > 0.6)
+    x = smooth + texture * (0.2 + (smooth > 0.6))
     x[:, :, : height // 3, : width // 4] = 1
     return (x.clamp(0, 1) * 255).to(torch.uint8)
 
 
-def compare(name, size, shape, severity, allowed):
+def compare(name, size, shape, severity, share):
     images = photographs(3, *shape)
     c = getattr(blur, name.upper())[size][severity - 1]
     if name in ("glass_blur", "motion_blur"):
@@ -43,7 +43,7 @@ def compare(name, size, shape, severity, allowed):
         given = () if draws is None else (draws.image(i),)
         theirs = getattr(reference, name)(image, c, *given)
         assert np.abs(ours[i] - theirs).max() <= 1
-        assert (ours[i] != theirs).mean() <= allowed
+        assert (ours[i] != theirs).mean() <= share
 
 
 @pytest.mark.parametrize(("size", "shape", "severity"), CASES)
@@ -51,7 +51,9 @@ def compare(name, size, shape, severity, allowed):
     "name", ["gaussian_blur", "defocus_blur", "zoom_blur", "glass_blur", "motion_blur"]
 )
 def test_matches_reference_with_the_same_draws(name, size, shape, severity):
-    compare(name, size, shape, severity, allowed=0.005)
+    # Exact results are often whole numbers, or below one by less than float32 can tell, and then
+    # truncation may part: 5 pixels' mean is whole one time in five (defocus_blur at r = 1).
+    compare(name, size, shape, severity, share=0.12 if name == "defocus_blur" else 0.03)
 
 
 def test_constant_images_stay_as_they_are():

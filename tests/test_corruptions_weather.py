@@ -4,100 +4,250 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import weather as reference
 
-from datasets.corruptions import frost_texture, weather
+from datasets.corruptions import corrupt, frost_texture, weather
 from datasets.corruptions.draws import Draws
+from tests.reference import Recorder
+from tests.reference import weather as reference
 from utils.errors import InputError
 
-SEVERITIES = range(1, 6)
+CPU = torch.device("cpu")
+SHAPES = {32: ((32, 32), (20, 33)), 64: ((64, 64), (64, 51))}
+CASES = [
+    (size, shape, severity)
+    for size, shapes in SHAPES.items()
+    for shape in shapes
+    for severity in ((1, 2, 3, 4, 5) if shape[0] == shape[1] else (2, 5))
+]
 
 
-class Recorded(Draws):
-    """Draws that can be replayed for one image."""
-
-    def __init__(self, n, seed):
-        super().__init__(n, "cpu", seed)
-        self.calls = []
-
-    def normal(self, *shape):
-        self.calls.append(super().normal(*shape))
-        return self.calls[-1].clone()
-
-    def uniform(self, *shape, low=0.0, high=1.0):
-        self.calls.append(super().uniform(*shape, low=low, high=high))
-        return self.calls[-1].clone()
-
-    def integers(self, low, high, *shape):
-        self.calls.append(super().integers(low, high, *shape))
-        return self.calls[-1].clone()
-
-    def of(self, index):
-        return Replayed([call[index].numpy() for call in self.calls])
+def pictures(height, width, n=4):
+    """Waves of colour, full-range noise, a dim one and a black one: uint8 (n, H, W, 3)."""
+    rng = np.random.default_rng(height)
+    y, x = np.mgrid[:height, :width] / height
+    phase = rng.uniform(1, 9, (n, 1, 1, 3)) * (x + 2 * y)[None, ..., None]
+    images = (127 + 127 * np.sin(phase)).astype(np.uint8)
+    images[1] = rng.integers(0, 256, (height, width, 3))
+    images[2] //= 9
+    images[3] = 0
+    return images
 
 
-class Replayed:
-    def __init__(self, calls):
-        self.calls = list(calls)
-
-    def normal(self, *shape):
-        return self._next(shape)
-
-    def uniform(self, *shape, low=0.0, high=1.0):
-        return self._next(shape)
-
-    def integers(self, low, high, *shape):
-        return self._next(shape)
-
-    def _next(self, shape):
-        call = self.calls.pop(0)
-        assert call.shape == shape
-        return call
+def batch(images):
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
-def pictures(side, n=6):
-    """Smooth colour fields, full-range noise, and one black image."""
-    rng = np.random.default_rng(side)
-    noise = rng.integers(0, 256, (n, side, side, 3))
-    y, x = np.mgrid[:side, :side] / side
-    waves = 127 + 120 * np.sin(rng.uniform(1, 9, (n, 1, 1, 3)) * (x + 2 * y)[None, ..., None])
-    mixed = np.where(np.arange(n)[:, None, None, None] % 2, noise, waves).astype(np.uint8)
-    mixed[-1] = 0
-    return mixed
-
-
-def batch(pictures):
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
-
-
-def channels_last(images):
+def by_pixel(images):
     assert images.dtype == torch.uint8
     return images.permute(0, 2, 3, 1).numpy().astype(int)
 
 
-@pytest.mark.parametrize("side", [32, 64])
-@pytest.mark.parametrize("severity", SEVERITIES)
-@pytest.mark.parametrize("name", ["snow", "fog", "spatter", "frost", "brightness"])
-def test_matches_the_definition(name, severity, side):
-    clean = pictures(side)
-    c = getattr(weather, name.upper())[side][severity - 1]
-    function = getattr(weather, name)
-    arguments = []
-    if name == "brightness":
-        result = function(batch(clean), c)
-        expected = [reference.brightness(image, c) for image in clean]
-    else:
-        draws = Recorded(len(clean), seed=severity)
-        result = function(batch(clean), c, draws)
-        if name == "frost":
-            factor = 0.2 if side == 32 else 0.3
-            full = [t.permute(1, 2, 0).numpy() for t in frost_texture._synthetic()]
-            arguments = [[reference.downscale(texture, factor) for texture in full]]
-        expected = [
-            getattr(reference, name)(image, c, draws.of(i), *arguments)
-            for i, image in enumerate(clean)
-        ]
-    difference = abs(channels_last(result) - np.stack(expected))
-    print(name, severity, side, difference.max(), (difference > 0).mean())
-    assert difference.max() <= 1
-    assert (difference > 0).mean() < 0.005
+def compare(name, size, shape, severity, *extra):
+    clean = pictures(*shape)
+    c = getattr(weather, name.upper())[size][severity - 1]
+    draws = Recorder(Draws(len(clean), "cpu", seed=severity))
+    ours = by_pixel(getattr(weather, name)(batch(clean), c, draws))
+    for i, image in enumerate(clean):
+        theirs = getattr(reference, name)(image, c, draws.image(i), *extra)
+        assert np.abs(ours[i] - theirs).max() <= 1
+        assert (ours[i] != theirs).mean() <= 0.01
+
+
+@pytest.mark.parametrize("name", ["snow", "fog", "spatter"])
+@pytest.mark.parametrize(("size", "shape", "severity"), CASES)
+def test_matches_the_definition(name, size, shape, severity):
+    compare(name, size, shape, severity)
+
+
+@pytest.fixture(scope="module")
+def stand_ins():
+    full = [texture.permute(1, 2, 0).numpy() for texture in frost_texture._synthetic()]
+    factors = {32: 0.2, 64: 0.3}
+    return {
+        size: [reference.downscale(texture, f) for texture in full] for size, f in factors.items()
+    }
+
+
+@pytest.mark.parametrize(("size", "shape", "severity"), CASES)
+def test_frost_matches_the_definition(stand_ins, size, shape, severity):
+    compare("frost", size, shape, severity, stand_ins[size])
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("severity", [1, 3, 5])
+def test_brightness_matches_the_definition(size, severity):
+    clean = pictures(size, size)
+    c = weather.BRIGHTNESS[size][severity - 1]
+    ours = by_pixel(weather.brightness(batch(clean), c))
+    assert np.abs(ours - [reference.brightness(image, c) for image in clean]).max() <= 1
+
+
+# ---- the steps of water ----------------------------------------------------------------------
+
+
+def blobs(n, height, width):
+    """Steps of several heights, softened, so that weak and strong gradients meet."""
+    rng = np.random.default_rng(5)
+    field = np.stack(
+        [reference.gaussian(rng.standard_normal((height, width)), 1.5) for _ in "x" * n]
+    )
+    field = np.where(field > 0.1, 90 + 400 * field, 0).clip(0, 255)
+    return np.stack([reference.gaussian(plane, 0.6) for plane in field]).astype(np.uint8)
+
+
+def test_canny_matches_the_definition():
+    images = blobs(4, 40, 31)
+    ours = weather.canny(torch.from_numpy(images).float(), 50, 150).numpy()
+    theirs = np.stack([reference.canny(image, 50, 150) for image in images])
+    assert 0.02 < theirs.mean() < 0.5
+    assert (ours == theirs).all()
+
+
+def test_weak_edges_count_only_where_a_chain_of_them_reaches_a_strong_one():
+    image = torch.zeros(2, 16, 16)
+    image[:, :, 8:] = 20  # a weak edge all the way down
+    image[0, :6, 8:] = 120  # strong in the upper part of the first image
+    edges = weather.canny(image, 50, 150)
+    assert edges[0, 8:, 7:9].any(1).all()
+    assert not edges[1].any()
+
+
+@pytest.mark.parametrize("density", [0.002, 0.02, 0.3])
+def test_chamfer_distance_is_the_shortest_path(density):
+    edges = np.random.default_rng(3).random((3, 45, 38)) < density
+    edges[0] = False
+    edges[0, 44, 0] = True
+    ours = weather.chamfer_distance(torch.from_numpy(edges), cut=20).numpy()
+    theirs = [np.minimum(reference.chamfer_distance(plane), 20) for plane in edges]
+    assert np.abs(ours / 1e4 - theirs).max() < 1e-5
+
+
+def test_equalize_matches_the_definition_and_keeps_a_single_level():
+    levels = np.random.default_rng(4).binomial(20, 0.3, (3, 9, 11)).astype(np.uint8)
+    levels[2] = 7
+    ours = weather.equalize(torch.from_numpy(levels).float(), levels=21).numpy()
+    assert (ours == [reference.equalize(plane) for plane in levels]).all()
+    assert (ours[2] == 7).all()
+
+
+def test_spatter_without_liquid_changes_nothing():
+    class Calm:
+        def normal(self, *shape):
+            return torch.zeros(4, *shape)
+
+    clean = batch(pictures(32, 32))
+    for c in weather.SPATTER[32]:
+        assert torch.equal(weather.spatter(clean, c, Calm()), clean)
+
+
+def test_liquid_beyond_one_wraps_around_in_8_bits():
+    class Wild(Draws):
+        def normal(self, *shape):
+            return super().normal(*shape) * 3
+
+    clean, c = pictures(32, 32), weather.SPATTER[32][2]
+    draws = Recorder(Wild(len(clean), "cpu", seed=0))
+    ours = by_pixel(weather.spatter(batch(clean), c, draws))
+    theirs = [reference.spatter(image, c, draws.image(i)) for i, image in enumerate(clean)]
+    assert np.abs(ours - theirs).max() <= 1
+
+
+# ---- fog and frost beyond the two published sizes ---------------------------------------------
+
+
+def test_plasma_spans_zero_to_one_and_differs_between_images():
+    field = weather.plasma(16, 2.0, Draws(5, "cpu", seed=0))
+    assert field.shape == (5, 16, 16)
+    assert (field.amin((1, 2)) == 0).all() and (field.amax((1, 2)) == 1).all()
+    assert len(field.flatten(1).unique(dim=0)) == 5
+
+
+@pytest.mark.parametrize("side", [49, 96, 330])
+def test_frost_and_fog_take_larger_images(side):
+    images = torch.full((2, 3, side, side), 100, dtype=torch.uint8)
+    for name in ("frost", "fog"):
+        result = corrupt(images, name, 5, torch.Generator().manual_seed(0))
+        assert result.shape == images.shape
+        assert (result != images).float().mean() > 0.5
+
+
+# ---- frost textures ----------------------------------------------------------------------------
+
+# The photographs themselves, over 300 random crops of each of the five: factor, side of the
+# crops, mean and standard deviation of R, G, B over all of them, mean standard deviation within
+# a crop, and power of the grey crops at 1, 2–3, 4–7 and 8 or more cycles per side in dB.
+PHOTOGRAPHS = [
+    (0.2, 32, (144, 165, 177), (56.1, 42.5, 41.3), (23.5, 21.9, 22.1), (39.9, 33.6, 29.0, 26.0)),
+    (0.3, 64, (144, 165, 177), (55.2, 41.5, 40.4), (22.7, 21.1, 21.4), (47.1, 39.0, 33.2, 25.1)),
+]
+
+
+@pytest.mark.parametrize(("factor", "side", "mean", "spread", "within", "spectrum"), PHOTOGRAPHS)
+def test_stand_ins_look_like_the_photographs(factor, side, mean, spread, within, spectrum):
+    found = frost_texture.textures(None, factor, CPU)
+    rng = np.random.default_rng(0)
+    crops = []
+    for pixels, (height, width) in zip(found.pixels, found.sizes.tolist(), strict=True):
+        for _ in range(100):
+            y, x = rng.integers(height - side), rng.integers(width - side)
+            crops.append(pixels[:, y : y + side, x : x + side].numpy())
+    crops = np.stack(crops).astype(float)
+    assert np.abs(crops.mean((0, 2, 3)) - mean).max() < 2.5
+    assert np.abs(crops.std((0, 2, 3)) / spread - 1).max() < 0.04
+    assert np.abs(crops.std((2, 3)).mean(0) / within - 1).max() < 0.05
+    grey = crops.mean(1)
+    power = np.abs(np.fft.fft2(grey)) ** 2 / side**2
+    cycles = np.fft.fftfreq(side, 1 / side)
+    radius = np.hypot(cycles[:, None], cycles).round()
+    for low, high, expected in zip((1, 2, 4, 8), (1, 3, 7, side // 2), spectrum, strict=True):
+        ours = 10 * np.log10(power[:, (low <= radius) & (radius <= high)].mean())
+        assert abs(ours - expected) < 1.5
+
+
+@pytest.fixture
+def frost_dir(tmp_path):
+    """Five pictures with the photographs' names; the first has an alpha channel."""
+    rng = np.random.default_rng(2)
+    for k, name in enumerate(frost_texture.PHOTOGRAPHS):
+        pixels = rng.integers(0, 256, (315 + 10 * k, 400 - 15 * k, 4 if k == 0 else 3))
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / name)
+    return tmp_path
+
+
+def test_photographs_are_sampled_without_antialiasing(frost_dir):
+    for factor in (0.2, 0.3):
+        found = frost_texture.textures(str(frost_dir), factor, CPU)
+        assert len(found.pixels) == 5
+        for pixels, size, name in zip(
+            found.pixels, found.sizes.tolist(), frost_texture.PHOTOGRAPHS, strict=True
+        ):
+            with Image.open(frost_dir / name) as image:
+                theirs = reference.downscale(np.array(image)[..., :3], factor)
+            assert tuple(size) == theirs.shape[:2]
+            ours = pixels[:, : size[0], : size[1]].permute(1, 2, 0).numpy().astype(int)
+            assert np.abs(ours - theirs).max() <= 1
+            assert (ours != theirs).mean() < 0.01
+
+
+def test_frost_uses_the_photographs(frost_dir):
+    images = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
+    with_photographs = corrupt(
+        images, "frost", 5, torch.Generator().manual_seed(0), frost_dir=str(frost_dir)
+    )
+    assert with_photographs.float().std((2, 3)).mean() > 15  # 0.45 of noise, plainly interpolated
+    without = corrupt(images, "frost", 5, torch.Generator().manual_seed(0))
+    assert without.float().std((2, 3)).mean() < 15
+
+
+def test_missing_or_broken_photographs_are_named(frost_dir, tmp_path):
+    with pytest.raises(InputError, match=r"nowhere: no such folder"):
+        frost_texture.textures(str(tmp_path / "nowhere"), 0.2, CPU)
+    Image.new("RGB", (100, 90)).save(frost_dir / "frost3.png")
+    with pytest.raises(InputError, match=r"frost3\.png is 100×90"):
+        frost_texture.textures(str(frost_dir), 0.2, CPU)
+    (frost_dir / "frost3.png").write_bytes(b"not a picture")
+    with pytest.raises(InputError, match=r"can't read frost3\.png"):
+        frost_texture.textures(str(frost_dir), 0.2, CPU)
+    (frost_dir / "frost3.png").unlink()
+    with pytest.raises(InputError, match=r"frost3\.png is missing"):
+        frost_texture.textures(str(frost_dir), 0.2, CPU)

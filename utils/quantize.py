@@ -61,15 +61,16 @@ def check_levels(levels: int, method: str) -> None:
 def encode(tensor: Tensor, levels: int, method: str, per_channel: bool = False) -> Quantized:
     """Codes of a float tensor of any shape; `per_channel` gives each slice of dim 0 its own range.
 
-    Raises InputError for NaN or Inf inside, and for levels or a method that do not exist.
+    Computed in float64. Raises InputError for NaN or Inf inside, and for levels or a method that
+    do not exist.
     """
     check_levels(levels, method)
-    x = tensor.detach().float()
+    x = tensor.detach().double().flatten()
     if not torch.isfinite(x).all():
         raise InputError("a tensor with NaN or Inf inside can't be quantized")
-    if x.numel() == 0 or bool((x == x.flatten()[0]).all()):
+    if not len(x) or bool((x == x[0]).all()):
         method = "linear"  # one value: atanh(tanh x) and 2^log2 x would miss it by a rounding
-    groups = x.shape[0] if per_channel and x.dim() > 1 else 1
+    groups = tensor.shape[0] if per_channel and tensor.dim() > 1 and len(x) else 1
     x = x.reshape(groups, -1)
     zeros = None
     if method == "tanh":
@@ -78,22 +79,22 @@ def encode(tensor: Tensor, levels: int, method: str, per_channel: bool = False) 
         values, steps = torch.log2(x.abs()), levels // 2
         if bool((x == 0).any()):
             zeros = x == 0
-            # Zeros take no part in the range: any finite magnitude of the group stands in for them.
-            largest = values.amax(dim=1, keepdim=True)
-            largest = torch.where(torch.isfinite(largest), largest, torch.zeros_like(largest))
+            # Zeros take no part in the range: the group's largest magnitude stands in for them.
+            largest = values.amax(dim=1, keepdim=True).clamp_min(-200)  # all zero: any will do
             values = torch.where(zeros, largest, values)
     else:
         values, steps = x, levels
-    low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
-    span = high - low
-    unit = (values - low) / torch.where(span == 0, torch.ones_like(span), span)
-    codes = torch.round(unit * (steps - 1)).to(torch.int32)
+    low, high = (values.min(1).values, values.max(1).values) if x.numel() else (x.new_zeros(1),) * 2
+    low, high = low.float(), high.float()  # as they are stored
+    span = (high.double() - low)[:, None]
+    unit = (values - low[:, None]) / torch.where(span == 0, 1.0, span)
+    codes = torch.round(unit.clamp(0, 1) * (steps - 1)).to(torch.int32)
     if method == "log":
         codes = codes * 2 + (x < 0).to(torch.int32)
     return Quantized(
         codes=codes.flatten(),
-        low=low.flatten(),
-        high=high.flatten(),
+        low=low,
+        high=high,
         shape=tensor.shape,
         levels=levels,
         method=method,
@@ -102,22 +103,25 @@ def encode(tensor: Tensor, levels: int, method: str, per_channel: bool = False) 
 
 
 def decode(quantized: Quantized) -> Tensor:
-    """The float32 tensor, of the original shape, that the codes stand for."""
+    """The float32 tensor, of the original shape, that the codes stand for.
+
+    Looked up in a table of the level values, so that equal codes give equal bits wherever and with
+    however many threads they are decoded.
+    """
     q = quantized
-    codes = q.codes.reshape(q.low.numel(), -1)
-    low, span = q.low[:, None], (q.high - q.low)[:, None]
+    low, high = q.low.double()[:, None], q.high.double()[:, None]
     steps = q.levels // 2 if q.method == "log" else q.levels
-    magnitude = codes >> 1 if q.method == "log" else codes
-    # The last level is `high` itself, which low + span can miss by a rounding.
-    values = torch.where(
-        magnitude == steps - 1, q.high[:, None], low + magnitude / (steps - 1) * span
-    )
+    k = torch.arange(steps, dtype=torch.float64, device=low.device)
+    table = low + k * (high - low) / (steps - 1)
+    table[:, -1:] = high
     if q.method == "tanh":
-        values = torch.atanh(values.clamp(-_BELOW_ONE, _BELOW_ONE))
+        table = torch.atanh(table.clamp(-_BELOW_ONE, _BELOW_ONE))
     elif q.method == "log":
-        values = torch.where(codes & 1 == 1, -torch.exp2(values), torch.exp2(values))
-        if q.zeros is not None:
-            values = torch.where(q.zeros.reshape(codes.shape), torch.zeros_like(values), values)
+        table = torch.stack([torch.exp2(table), -torch.exp2(table)], dim=-1).flatten(1)
+    codes = q.codes.long().reshape(len(low), -1)
+    values = table.float().gather(1, codes)
+    if q.zeros is not None:
+        values = values.masked_fill(q.zeros.reshape(codes.shape), 0.0)
     return values.reshape(q.shape)
 
 

@@ -21,35 +21,31 @@ from datasets.corruptions import blur, digital, noise, weather
 from datasets.corruptions.draws import BLOCK, Draws
 from utils.errors import InputError, suggest
 
-FAMILIES = {
-    "gaussian_noise": "noise",
-    "shot_noise": "noise",
-    "impulse_noise": "noise",
-    "defocus_blur": "blur",
-    "glass_blur": "blur",
-    "motion_blur": "blur",
-    "zoom_blur": "blur",
-    "snow": "weather",
-    "frost": "weather",
-    "fog": "weather",
-    "brightness": "weather",
-    "contrast": "digital",
-    "elastic_transform": "digital",
-    "pixelate": "digital",
-    "jpeg_compression": "digital",
-    "speckle_noise": "noise",
-    "gaussian_blur": "blur",
-    "spatter": "weather",
-    "saturate": "digital",
-}
-CORRUPTIONS = tuple(FAMILIES)
-_MODULES = {"noise": noise, "blur": blur, "weather": weather, "digital": digital}
-# name → (function, {32: constants of severity 1..5, 64: the same for larger images})
+# name → (function, its constants {32: severity 1..5, 64: the same for images above 48 pixels})
 _TABLE = {
-    name: (getattr(_MODULES[family], name), getattr(_MODULES[family], name.upper()))
-    for name, family in FAMILIES.items()
-    if hasattr(_MODULES[family], name)
+    "gaussian_noise": (noise.gaussian_noise, noise.GAUSSIAN_NOISE),
+    "shot_noise": (noise.shot_noise, noise.SHOT_NOISE),
+    "impulse_noise": (noise.impulse_noise, noise.IMPULSE_NOISE),
+    "defocus_blur": (blur.defocus_blur, blur.DEFOCUS_BLUR),
+    "glass_blur": (blur.glass_blur, blur.GLASS_BLUR),
+    "motion_blur": (blur.motion_blur, blur.MOTION_BLUR),
+    "zoom_blur": (blur.zoom_blur, blur.ZOOM_BLUR),
+    "snow": (weather.snow, weather.SNOW),
+    "frost": (weather.frost, weather.FROST),
+    "fog": (weather.fog, weather.FOG),
+    "brightness": (weather.brightness, weather.BRIGHTNESS),
+    "contrast": (digital.contrast, digital.CONTRAST),
+    "elastic_transform": (digital.elastic_transform, digital.ELASTIC_TRANSFORM),
+    "pixelate": (digital.pixelate, digital.PIXELATE),
+    "jpeg_compression": (digital.jpeg_compression, digital.JPEG_COMPRESSION),
+    "speckle_noise": (noise.speckle_noise, noise.SPECKLE_NOISE),
+    "gaussian_blur": (blur.gaussian_blur, blur.GAUSSIAN_BLUR),
+    "spatter": (weather.spatter, weather.SPATTER),
+    "saturate": (digital.saturate, digital.SATURATE),
 }
+CORRUPTIONS = tuple(_TABLE)
+# name → "noise", "blur", "weather" or "digital", the file it is defined in
+FAMILIES = {name: function.__module__.rpartition(".")[2] for name, (function, _) in _TABLE.items()}
 
 MIN_SIDE = 8
 
@@ -147,4 +143,9 @@ def _check(images: Tensor, name: str, severity: int) -> None:
         raise InputError(
             f"images are {images.shape[-2]}×{images.shape[-1]}; corruptions need at least "
             f"{MIN_SIDE}×{MIN_SIDE} pixels"
+        )
+    if name == "elastic_transform" and images.shape[-2] != images.shape[-1]:
+        raise InputError(
+            f"images are {images.shape[-2]}×{images.shape[-1]}; elastic_transform is in units of "
+            "the side and takes square images only"
         )

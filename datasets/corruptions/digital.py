@@ -88,11 +88,12 @@ def saturate(images: Tensor, c: tuple[float, float]) -> Tensor:
     red, green, blue = x[:, :1], x[:, 1:2], x[:, 2:]
     value = torch.maximum(torch.maximum(red, green), blue)
     delta = value - torch.minimum(torch.minimum(red, green), blue)
-    below = value - x
+    below = torch.sub(value, x, out=x)
     # Greys have hue 0, which is red: their green and blue fall to V·(1 − s').
-    below[:, 1:] += delta == 0
-    ratio = torch.minimum(value * b + delta * a, value) / delta.clamp(min=1)
-    return truncate(torch.sub(value, below.mul_(ratio), out=below))
+    below[:, 1:] += 1 - delta.clamp(max=1)
+    # Full saturation s' = 1 is where V·s' reaches V.
+    ratio = torch.minimum(value * b + delta * a, value).div_(delta.clamp_(min=1))
+    return truncate(torch.addcmul(value, below, ratio, value=-1, out=below))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -119,12 +120,12 @@ def elastic_transform(images: Tensor, c: tuple[float, float, float], draws) -> T
         taps = gaussian_taps(sigma * side, truncate=3.0)
         smooth = band_matrix(side, taps, "symmetric", x.device)
         with _float32_matmul():
-            # Transposed: (n, 2, x, y). grid_sample's pixel is 2/H wide, so a·H pixels are 2a.
-            fields = torch.matmul(torch.matmul(noise, smooth.T).mT, (2 * a * smooth).T)
+            # grid_sample's pixel is 2/H wide, so a·H pixels are 2a.
+            fields = torch.matmul(2 * a * smooth, torch.matmul(noise, smooth.T))
         centres = (torch.arange(side, device=x.device) * 2 + 1) / side - 1
-        grid = fields.permute(0, 3, 2, 1) + torch.stack(
-            torch.meshgrid(centres, centres, indexing="xy"), -1
-        )
+        fields[:, 0] += centres
+        fields[:, 1] += centres[:, None]
+        grid = fields.permute(0, 2, 3, 1)
         x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     return truncate(x)
 
@@ -141,16 +142,16 @@ def _affine_grid(moves: Tensor, side: int) -> Tensor:
     q = p + moves
     u, v = (q[:, 0] - q[:, 1]).unbind(-1), (q[:, 2] - q[:, 1]).unbind(-1)
     scale = 2 * s / (u[0] * v[1] - v[0] * u[1])
-    # Rows of (2, n): how the source (x, y) changes with the output x, then with the output y.
+    # (n, 2): how the source (x, y) changes with the output's x, then with its y.
     along_x = torch.stack([u[1] * scale, v[1] * scale], -1)
     along_y = torch.stack([-u[0] * scale, -v[0] * scale], -1)
     origin = p[1] - along_x * q[:, 1, :1] - along_y * q[:, 1, 1:]
 
     unit = 2 / (side - 1)
     line = torch.arange(side, device=moves.device) * unit
-    rows = along_y[:, None, None] * line[:, None, None] + (origin * unit - 1)[:, None, None]
-    columns = along_x[:, None, None] * line[:, None]
-    return rows + columns
+    columns = along_x[..., None, None] * line
+    rows = along_y[..., None, None] * line[:, None] + (origin * unit - 1)[..., None, None]
+    return (rows + columns).permute(0, 2, 3, 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -182,8 +183,8 @@ def _box_nearest(side: int, small: int, device: torch.device) -> tuple[Tensor, T
     """Which source pixels each output pixel averages, as a 0/1 (side, side) matrix, and how many.
 
     Output j shows cell i = ⌊(j+½)·small/side⌋, the mean of sources ⌊i·side/small + ½⌋ up to, not
-    including, ⌊(i+1)·side/small + ½⌋. In exact arithmetic: where a bound is a tie (only at some odd
-    sides) Pillow's depends on the noise of its doubles.
+    including, ⌊(i+1)·side/small + ½⌋. In exact arithmetic: where a tie decides (never at the
+    published sides and sizes) Pillow follows the noise of its doubles.
     """
     cell = (2 * torch.arange(side) + 1) * small // (2 * side)
     first = (2 * cell * side + small) // (2 * small)

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Float32 leaves a value that is a whole number in exact arithmetic up to some 1e-4 below it;
-# without this, truncation would make it one less.
-TRUNCATION_SLACK = 1 / 4096
+# Rounding leaves what is a whole number in exact arithmetic up to this much below it, and
+# truncation would make it one less.
+TRUNCATION_SLACK = {torch.float32: 1 / 8192, torch.float64: 1e-9}
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -30,8 +30,8 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def truncate(v: Tensor) -> Tensor:
-    """float32 (…) on the 0…255 scale to uint8: clip and truncate. Overwrites `v`."""
-    return v.add_(TRUNCATION_SLACK).clamp_(0, 255).to(torch.uint8)
+    """float32 or float64 (…) on the 0…255 scale to uint8: clip, truncate. Overwrites `v`."""
+    return v.add_(TRUNCATION_SLACK[v.dtype]).clamp_(0, 255).to(torch.uint8)
 
 
 def gaussian_taps(sigma: float, truncate: float = 4.0) -> tuple[float, ...]:
@@ -44,9 +44,13 @@ def gaussian_taps(sigma: float, truncate: float = 4.0) -> tuple[float, ...]:
 
 @functools.lru_cache(maxsize=256)
 def band_matrix(
-    size: int, taps: tuple[float, ...], border: str, device: torch.device | str = "cpu"
+    size: int,
+    taps: tuple[float, ...],
+    border: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The correlation with `taps` along an axis of `size`, as a float32 (size, size) matrix.
+    """The correlation with `taps` along an axis of `size`, as a (size, size) matrix.
 
     border, as in numpy.pad: "edge" repeats the edge, "reflect" mirrors without repeating it,
     "symmetric" mirrors with the edge repeated. Cached: don't write to the result.
@@ -56,26 +60,24 @@ def band_matrix(
     matrix = np.zeros((size, size))
     for k, tap in enumerate(taps):
         np.add.at(matrix, (np.arange(size), source[k : k + size]), tap)
-    return torch.from_numpy(matrix).to(device, torch.float32)
+    return torch.from_numpy(matrix).to(device, dtype)
 
 
 def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Apply matrix `rows` (H', H) along the height and `columns` (W', W) along the width.
 
-    x: float32 (…, H, W). Returns float32 (…, H', W').
+    x: (…, H, W) of the matrices' dtype. Returns (…, H', W').
     """
     return rows @ (x @ columns.T)
 
 
 def gaussian_blur(x: Tensor, sigma: float, truncate: float = 4.0, border: str = "edge") -> Tensor:
-    """Gaussian filter of a float32 (…, H, W); `truncate` and `border` as above."""
+    """Gaussian filter of float32 or float64 (…, H, W); `truncate` and `border` as above."""
     taps = gaussian_taps(sigma, truncate)
     if len(taps) == 1:
         return x
-    height, width = x.shape[-2:]
-    return separable(
-        x, band_matrix(height, taps, border, x.device), band_matrix(width, taps, border, x.device)
-    )
+    rows, columns = (band_matrix(side, taps, border, x.device, x.dtype) for side in x.shape[-2:])
+    return separable(x, rows, columns)
 
 
 def correlate(x: Tensor, kernel: np.ndarray, border: str = "reflect") -> Tensor:

@@ -282,15 +282,14 @@ def canny(image: Tensor, low: float, high: float) -> Tensor:
     slope = ax * 13573
     flat = ay * 2**15 < slope
     steep = ay * 2**15 - ax * 2**16 > slope
-    rising = dx * dy < 0
-    before = torch.where(rising, neighbour(-1, 1), neighbour(-1, -1))
-    after = torch.where(rising, neighbour(1, -1), neighbour(1, 1)).add_(1)
-    before = torch.where(steep, neighbour(-1, 0), before)
-    after = torch.where(steep, neighbour(1, 0), after)
-    before = torch.where(flat, neighbour(0, -1), before)
-    after = torch.where(flat, neighbour(0, 1), after)
-    # Along an axis the later neighbour may be equal, along a diagonal (one was added) it may not.
-    possible = (norm > low) & (norm > before) & (norm >= after)
+    falling = dx * dy >= 0
+    across = (norm > neighbour(0, -1)) & (norm >= neighbour(0, 1))
+    along = (norm > neighbour(-1, 0)) & (norm >= neighbour(1, 0))
+    fall = (norm > neighbour(-1, -1)) & (norm > neighbour(1, 1))
+    rise = (norm > neighbour(-1, 1)) & (norm > neighbour(1, -1))
+    oblique = (falling & fall) | (~falling & rise)
+    peak = (flat & across) | (steep & along) | (~(flat | steep) & oblique)
+    possible = (norm > low) & peak
 
     edges = F.pad((possible & (norm > high)).byte(), (1, 1, 1, 1))
     inside = edges[:, 1:-1, 1:-1]
@@ -311,7 +310,7 @@ def chamfer_distance(edges: Tensor, cut: int) -> Tensor:
     is settled for all rows at once, by steps of 1, 2, 4, …; one pass down the rows (and, stacked
     with it, one up) does the rest.
     """
-    n, height, width = edges.shape
+    height, width = edges.shape[-2:]
     cut, straight, diagonal, knight = cut * 1e4, 1e4, 1.4e4, 2.1969e4
     row = torch.where(edges, 0.0, cut)
     step = 1

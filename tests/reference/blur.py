@@ -67,9 +67,10 @@ def zoom_blur(image, c):
 
 
 def zoomed(x, factor):
-    inside = [int(np.ceil(side / factor)) for side in x.shape[:2]]
-    y, x0 = ((side - small) // 2 for side, small in zip(x.shape, inside, strict=False))
-    large = x[y : y + inside[0], x0 : x0 + inside[1]]
+    height, width = x.shape[:2]
+    inside = np.ceil(np.array([height, width]) / factor).astype(int)
+    top, left = (height - inside[0]) // 2, (width - inside[1]) // 2
+    large = x[top : top + inside[0], left : left + inside[1]]
     large = ndimage.zoom(large, (factor, factor, 1), order=1)
-    y, x0 = ((big - side) // 2 for big, side in zip(large.shape, x.shape, strict=False))
-    return large[y : y + x.shape[0], x0 : x0 + x.shape[1]]
+    top, left = (large.shape[0] - height) // 2, (large.shape[1] - width) // 2
+    return large[top : top + height, left : left + width]

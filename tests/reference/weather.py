@@ -1,9 +1,4 @@
-"""The weather corruptions one image at a time, written from their definition for comparison.
-
-Each function takes an image, uint8 (H, W, 3), the constants of one severity and `draws`, whose
-normal, uniform and integers return the arrays for this one image, in the order in which
-datasets/corruptions/weather.py draws them. Everything is in double precision.
-"""
+"""The weather corruptions one image at a time, in double precision, from their definition."""
 
 from __future__ import annotations
 
@@ -23,17 +18,20 @@ def gaussian(x, sigma):
 
 
 def zoom(plane, factor):
-    size = len(plane)
+    for _ in range(2):
+        plane = np.array([zoom_row(row, factor) for row in plane]).T
+    return plane
+
+
+def zoom_row(row, factor):
+    size = len(row)
     inside = int(np.ceil(size / factor))
-    start = (size - inside) // 2
-    middle = plane[start : start + inside, start : start + inside]
     outside = round(inside * factor)
+    start = (size - inside) // 2
     read = np.arange(outside) * (inside - 1) / (outside - 1)
-    source = np.arange(inside)
-    wide = np.array([np.interp(read, source, row) for row in middle])
-    large = np.array([np.interp(read, source, column) for column in wide.T]).T
+    large = np.interp(read, np.arange(inside), row[start : start + inside])
     start = (outside - size) // 2
-    return large[start : start + size, start : start + size]
+    return large[start : start + size]
 
 
 def motion_blur(plane, degrees, radius, sigma):

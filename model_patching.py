@@ -1,0 +1,468 @@
+"""Extract Robust Weight Signatures, patch a standard model with them, and evaluate.
+
+Paper, section 4:  θ_patched[l] = θ_target[l] + Σ_c w_c · RWS_c[l]  in the keep_num shallowest
+layers, where RWS_c is θ_c − θ_pre with the direction of clean fine-tuning projected out
+(utils/signature.py has the equations).
+
+    python model_patching.py --keep_num 5 --dataset cifar10 --arch vgg16 \\
+        --corruption gaussian_noise --data data/cifar10 --corruption_model_root runs/vgg16/robust \\
+        --base_model runs/vgg16/standard/model_SA_best.pth.tar --pretrained vgg16_pretrained.pth
+
+Several corruptions are composed, w_c = alpha/n each, or --finetune_alpha for each its own.
+Several values of --keep_num or --alpha give a row of the table each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import datasets
+from datasets.corrupted import corrupted_set
+from datasets.corruptions import CORRUPTIONS
+from datasets.images import ImageSet, fingerprint
+from datasets.loader import BatchLoader, augmentation_for
+from datasets.normalization import normalization
+from models import ARCHS, build_model
+from models.layers import layer_keys
+from utils import arguments, report
+from utils import checkpoint as ckpt
+from utils.batchnorm import has_batchnorm, reestimate
+from utils.engine import choose_device, evaluate, to_device, use_amp
+from utils.errors import InputError, script_errors
+from utils.quantize import METHODS, check_levels
+from utils.signature import RobustWeightSignature, patch
+
+BN_BATCH = 128  # images per batch of the running average (the authors' choice)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The settings of one run; `argv` as on the command line (default: sys.argv)."""
+    parser = arguments.Parser(__doc__)
+    data = parser.add_argument_group("data")
+    arguments.add_dataset(data)
+    data.add_argument("--data", metavar="DIR", help="the clean set")
+    data.add_argument(
+        "--corruption_data",
+        metavar="DIR",
+        help="the corrupted set in a published layout; what is not there is generated from --data",
+    )
+    data.add_argument(
+        "--corruption", nargs="+", default=[], metavar="NAME", help="compose these signatures"
+    )
+    arguments.add_corruption(data)
+    data.add_argument(
+        "--test_all_corruptions", action="store_true", help="measure RA on all 19, not only these"
+    )
+    data.add_argument("--seed", type=int, default=0, help="of generated corruptions")
+
+    model = parser.add_argument_group("models")
+    model.add_argument("--arch", default="vgg16", choices=ARCHS, help="architecture")
+    model.add_argument(
+        "--pretrained",
+        nargs="?",
+        const="imagenet",
+        metavar="FILE",
+        help="θ_pre: a checkpoint; without FILE torchvision's ImageNet weights",
+    )
+    model.add_argument("--base_model", metavar="FILE", help="θ_std: the standard model")
+    model.add_argument(
+        "--patched_model", metavar="FILE", help="θ_target, the model to patch, if not --base_model"
+    )
+    model.add_argument(
+        "--corruption_model_root",
+        metavar="DIR",
+        help=f"θ_c: one folder per corruption with its {ckpt.BEST_RA}",
+    )
+
+    signature = parser.add_argument_group("signature")
+    signature.add_argument(
+        "--keep_num", type=int, nargs="+", default=[7], metavar="K", help="shallowest layers kept"
+    )
+    signature.add_argument(
+        "--alpha",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="A",
+        help="strength; each of n signatures gets A/n",
+    )
+    signature.add_argument(
+        "--finetune_alpha",
+        type=float,
+        nargs="+",
+        metavar="A",
+        help="a strength for each of --corruption, in its order; wins over --alpha",
+    )
+    signature.add_argument(
+        "--quantization", type=int, metavar="N", help="quantize each tensor to N levels"
+    )
+    signature.add_argument(
+        "--quantization_type", default="linear", choices=METHODS, help="spacing of the levels"
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--save_log",
+        metavar="FILE",
+        help="accumulate TA and RA over runs in FILE, and write this run's to FILE.json",
+    )
+    output.add_argument("--save_model", metavar="FILE", help="write the patched model's checkpoint")
+    arguments.add_device(parser)
+    args = parser.parse_args(argv)
+    check(args)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise InputError for every value that can be judged before anything is read."""
+    datasets.base_name(args.dataset)
+    arguments.check_corruptions(args.corruption)
+    arguments.check_severity(args.severity)
+    arguments.check_at_least(args, seed=0)
+    for keep_num in args.keep_num:
+        layer_keys(args.arch, keep_num)
+    for flag in ("base_model", "corruption_model_root", "pretrained"):
+        if getattr(args, flag) is None:
+            raise InputError(f"--{flag} is needed to extract signatures")
+    if not args.corruption:
+        raise InputError("--corruption: name at least one")
+    if args.quantization is not None:
+        check_levels(args.quantization, args.quantization_type)
+    if args.finetune_alpha is not None and len(args.finetune_alpha) != len(args.corruption):
+        raise InputError(
+            f"--finetune_alpha has {len(args.finetune_alpha)} values for "
+            f"{len(args.corruption)} corruptions; give one for each"
+        )
+    strengths = args.finetune_alpha or args.alpha
+    if not all(0 <= a < float("inf") for a in strengths):
+        raise InputError("--alpha and --finetune_alpha: finite numbers from 0 on")
+    rows = len(args.keep_num) * len(weightings(args))
+    for flag in ("save_log", "save_model"):
+        if getattr(args, flag) and rows > 1:
+            raise InputError(f"--{flag} takes one patch, but --keep_num and --alpha make {rows}")
+
+
+# ---- what is read ---------------------------------------------------------------------------
+
+
+@dataclass
+class Study:
+    """Everything a run works on: models, data and how to evaluate."""
+
+    args: argparse.Namespace
+    device: torch.device
+    amp: bool
+    target: nn.Module
+    states: dict[str, dict[str, Tensor]]  # pretrained, standard, and each corruption's robust model
+    clean: ImageSet
+    corrupted: dict[str, ImageSet]
+
+    def measure(self, title: str, names: Sequence[str] | None = None) -> dict:
+        """TA of the target as it is now, and RA on the corruptions `names` (default: all here)."""
+        names = list(self.corrupted) if names is None else names
+        return {
+            "TA": evaluate(self.target, self.clean, amp=self.amp, title=f"{title}, clean"),
+            "RA": {
+                c: evaluate(self.target, self.corrupted[c], amp=self.amp, title=f"{title}, {c}")
+                for c in names
+            },
+        }
+
+
+def find_robust(root: str | Path, corruption: str) -> Path:
+    """The checkpoint of `corruption` under `root`: in the folder of that name, or with it in.
+
+    Raises InputError when there is no such folder, several, or no checkpoint in it.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"--corruption_model_root {root}: no such folder")
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    found = [f for f in folders if f.name == corruption] or [
+        f for f in folders if corruption in f.name
+    ]
+    if len(found) != 1:
+        names = ", ".join(f.name for f in (found or folders)) or "nothing"
+        what = "several folders fit" if found else "no folder for"
+        raise InputError(f"--corruption_model_root {root}: {what} {corruption} (there: {names})")
+    path = found[0] / ckpt.BEST_RA
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; train_corruption.py --save_dir writes it")
+    return path
+
+
+def load_states(args: argparse.Namespace) -> dict[str, dict[str, Tensor]]:
+    """θ_pre, θ_std and every θ_c as float32 state dicts."""
+    if args.pretrained == "imagenet":
+        states = {"pretrained": ckpt.imagenet_state_dict(args.arch)}
+    else:
+        states = {"pretrained": ckpt.read_state_dict(args.pretrained)}
+    states["standard"] = ckpt.read_state_dict(args.base_model)
+    for name in args.corruption:
+        states[name] = ckpt.read_state_dict(find_robust(args.corruption_model_root, name))
+    return states
+
+
+def corrupted_part(args: argparse.Namespace, clean: ImageSet, name: str, split: str) -> ImageSet:
+    """The `name` copy of a clean split: published under --corruption_data, or generated."""
+    return corrupted_set(
+        clean,
+        name,
+        args.severity,
+        split,
+        args.seed,
+        root=args.corruption_data,
+        frost_dir=args.frost_dir,
+    )
+
+
+def load_study(args: argparse.Namespace) -> Study:
+    """Read models and test images, and check that they fit each other."""
+    device = choose_device(args.device)
+    dataset = datasets.base_name(args.dataset)
+    states = load_states(args)
+    clean = datasets.load(dataset, args.data, "test", args.image_size)
+    path = args.patched_model or args.base_model
+    target_state = ckpt.read_state_dict(path)
+    constants = ([0.0] * 3, [1.0] * 3)
+    if "normalize.mean" not in target_state:
+        constants = normalization(
+            dataset, datasets.load(dataset, args.data, "train", args.image_size)
+        )
+    target = build_model(args.arch, len(clean.classes), *constants)
+    ckpt.load_model_weights(target, args.arch, target_state, path)
+    measured = CORRUPTIONS if args.test_all_corruptions else args.corruption
+    return Study(
+        args=args,
+        device=device,
+        amp=use_amp(device, args.amp),
+        target=to_device(target, device).eval(),
+        states=states,
+        clean=clean,
+        corrupted={c: corrupted_part(args, clean, c, "test") for c in measured},
+    )
+
+
+# ---- signatures and patches -----------------------------------------------------------------
+
+
+def weightings(args: argparse.Namespace) -> list[list[float]]:
+    """The weights w_c of each row: --finetune_alpha, or for each --alpha a the same a/n."""
+    if args.finetune_alpha is not None:
+        return [args.finetune_alpha]
+    return [[a / len(args.corruption)] * len(args.corruption) for a in args.alpha]
+
+
+def extract(study: Study, keep_num: int) -> list[RobustWeightSignature]:
+    """RWS_c of each corruption, quantized if asked for."""
+    args = study.args
+    signatures = []
+    for name in args.corruption:
+        signature = RobustWeightSignature.extract(
+            study.states["pretrained"],
+            study.states["standard"],
+            study.states[name],
+            keep_num,
+            arch=args.arch,
+            corruption=name,
+            severity=args.severity,
+            dataset=datasets.base_name(args.dataset),
+        )
+        if args.quantization is not None:
+            signature = signature.quantize(args.quantization, args.quantization_type)
+        signatures.append(signature)
+    return signatures
+
+
+@contextlib.contextmanager
+def patched(
+    study: Study,
+    signatures: Sequence[RobustWeightSignature],
+    weights: Sequence[float],
+    corrupted_training: Sequence[ImageSet] = (),
+) -> Iterator[nn.Module]:
+    """The target with Σ_c w_c · RWS_c on it; the intact target again afterwards.
+
+    `corrupted_training`: for a model with batch norm, the training images of each corruption from
+    which running statistics are re-estimated.
+    """
+    total = sum(s.scale(w) for s, w in zip(signatures, weights, strict=True))
+    with patch(study.target, total):
+        if corrupted_training:
+            loaders = [
+                BatchLoader(
+                    images,
+                    BN_BATCH,
+                    augment=augmentation_for(images.name),
+                    device=study.device,
+                    shuffle=True,
+                    seed=study.args.seed,
+                )
+                for images in corrupted_training
+            ]
+            reestimate(study.target, loaders, min(1.0, sum(weights)), amp=study.amp)
+        yield study.target
+
+
+# ---- results --------------------------------------------------------------------------------
+
+
+def recovered(standard: float, after: float, robust: float) -> float | None:
+    """Share of the robust model's gain that a patch recovers, in percent; None without a gain."""
+    return 100 * (after - standard) / (robust - standard) if robust > standard else None
+
+
+def table(rows: Sequence[dict], own: Sequence[str]) -> str:
+    """The Markdown table of a run: TA, RA per corruption, mean RA, share recovered."""
+    names = list(rows[0]["RA"])
+    extra = [n for n in names if n not in own]
+    columns = ["model", "TA, %", *(f"RA {c}, %" for c in own), "RA mean, %"]
+    if extra:
+        columns.append(f"RA all {len(names)}, %")
+    columns.append("recovered, %")
+    lines = []
+    for row in rows:
+        line = [row["model"], row["TA"], *(row["RA"].get(c) for c in own), row["RA_mean"]]
+        if extra:
+            line.append(report.mean(row["RA"].values()) if len(row["RA"]) == len(names) else None)
+        lines.append([*line, row.get("recovered")])
+    return report.markdown_table(columns, lines)
+
+
+def update_log(path: Path, standard: dict, patched: dict) -> None:
+    """Add a run to the authors' log at `path` and print its averages over the runs.
+
+    {"std"|"patched": {"clean": [TA of each run], "robust": {corruption: latest RA}}}
+    """
+    log = {kind: {"clean": [], "robust": {}} for kind in ("std", "patched")}
+    if path.exists():
+        old = ckpt.read(path)
+        if set(old) != set(log) or any(set(old[k]) != {"clean", "robust"} for k in log):
+            raise InputError(f"--save_log {path}: holds something else than a log of this script")
+        log = old
+    for kind, row in (("std", standard), ("patched", patched)):
+        log[kind]["clean"].append(row["TA"])
+        log[kind]["robust"].update(row["RA"])
+    ckpt.save(log, path)
+    print(f"\n{path}: averages over {len(log['std']['clean'])} runs")
+    for kind, entry in log.items():
+        ra = report.mean(entry["robust"].values())
+        print(
+            f"  {kind:<8} TA {report.mean(entry['clean']):.2f}"
+            f"  RA {ra:.2f} over {len(entry['robust'])} corruptions"
+        )
+
+
+def upper_bound(study: Study) -> dict | None:
+    """The row of the robust models, each on clean images and on its own corruption.
+
+    None where their classes are not the target's (a transfer to another data set).
+    """
+    model, own = study.target, study.args.corruption
+    original = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    shapes = {key: tensor.shape for key, tensor in original.items()}
+    for name in own:
+        theirs = study.states[name]
+        if any(key in theirs and theirs[key].shape != shape for key, shape in shapes.items()):
+            return None
+    accuracies, ras = [], {}
+    for name in own:
+        ckpt.load_model_weights(model, study.args.arch, study.states[name], name)
+        result = study.measure(f"robust to {name}", [name])
+        accuracies.append(result["TA"])
+        ras |= result["RA"]
+    model.load_state_dict(original)
+    return {"model": "robust", "TA": report.mean(accuracies), "RA": ras}
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Patch and evaluate as `args` (from `parse_args`) says; gives the table and its source."""
+    study = load_study(args)
+    print_header(study)
+    own = args.corruption
+    standard = {"model": "standard", **study.measure("standard")}
+
+    robust = upper_bound(study)
+
+    training = []
+    if has_batchnorm(study.target):
+        clean_train = datasets.load(args.dataset, args.data, "train", args.image_size)
+        training = [corrupted_part(args, clean_train, name, "train") for name in own]
+
+    rows = [standard]
+    for keep_num in args.keep_num:
+        signatures = extract(study, keep_num)
+        for weights in weightings(args):
+            title = f"patched, keep_num {keep_num}" + describe_weights(args, weights)
+            with patched(study, signatures, weights, training) as model:
+                rows.append({"model": title, **study.measure(title)})
+                if args.save_model:
+                    save_model(study, model)
+    rows += [robust] if robust else []
+    for row in rows:
+        row["RA_mean"] = report.mean(row["RA"][c] for c in own)
+    if robust:
+        for row in rows[1:-1]:
+            row["recovered"] = recovered(standard["RA_mean"], row["RA_mean"], robust["RA_mean"])
+    print(table(rows, own))
+    result = {
+        "rows": rows,
+        "arguments": vars(args),
+        "data": fingerprint(study.clean),
+        **report.provenance(study.device),
+    }
+    if args.save_log:
+        report.write_json(f"{args.save_log}.json", result)
+        update_log(Path(args.save_log), standard, rows[1])
+    return result
+
+
+def describe_weights(args: argparse.Namespace, weights: Sequence[float]) -> str:
+    """The strength of a row in words, empty for the usual alpha 1."""
+    if args.finetune_alpha is not None:
+        return ", w " + " ".join(f"{w:g}" for w in weights)
+    alpha = sum(weights)
+    return "" if args.alpha == [1.0] else f", alpha {alpha:g}"
+
+
+def save_model(study: Study, model: nn.Module) -> None:
+    """Write the patched model to --save_model, in the form train_corruption.py reads."""
+    args = study.args
+    content = {
+        "state_dict": model.state_dict(),
+        "arch": args.arch,
+        "dataset": datasets.base_name(args.dataset),
+        "patched": list(args.corruption),
+        "pretrained_hash": ckpt.backbone_hash(study.states["pretrained"]),
+    }
+    ckpt.save(content, args.save_model)
+
+
+def print_header(study: Study) -> None:
+    """Say what is about to be patched and measured."""
+    args, clean = study.args, study.clean
+    facts = {
+        "model": f"{args.arch}: {args.patched_model or args.base_model}",
+        "signatures": f"{' + '.join(args.corruption)}, "
+        f"keep_num {' '.join(map(str, args.keep_num))}",
+        "weights": "; ".join(" ".join(f"{w:g}" for w in ws) for ws in weightings(args)),
+        "test images": f"{len(clean):,} of {clean.name}, clean and corrupted at severity "
+        f"{args.severity} ({', '.join(sorted({s.source for s in study.corrupted.values()}))})",
+        **arguments.frost_note(study.corrupted, args.frost_dir),
+        "device": f"{report.device_name(study.device)}, {'bf16' if study.amp else 'float32'}",
+    }
+    if args.quantization is not None:
+        facts["quantization"] = f"{args.quantization} levels, {args.quantization_type}"
+    report.header("model_patching.py", facts)
+
+
+if __name__ == "__main__":
+    with script_errors():
+        run(parse_args())

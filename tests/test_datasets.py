@@ -1,0 +1,591 @@
+"""Loading clean sets: splits, published layouts, the cache, and errors that name the file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import datasets
+from datasets import cache, cifar, image_folder, synthetic, tiny_imagenet
+from datasets.images import ImageSet, split_rows, stable_seed
+from utils.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_home(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("xdg")))
+
+
+def write_image(path: Path, value: int, size: tuple[int, int] = (8, 8)) -> None:
+    """A PNG, whatever the suffix, whose red is `value` and whose first pixel is blue."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.zeros((size[1], size[0], 3), np.uint8)
+    pixels[..., 0] = value
+    pixels[0, 0] = (0, 0, 255)
+    Image.fromarray(pixels).save(path, "PNG")
+
+
+def red(images: torch.Tensor) -> list[int]:
+    return images[:, 0, 1, 1].tolist()
+
+
+def folder_set(root: Path, classes: int = 2, train: int = 20, test: int = 3) -> Path:
+    for label in range(classes):
+        for i in range(train):
+            write_image(root / "train" / f"c{label:02}" / f"{i:03}.png", 100 * (label % 2) + i)
+        for i in range(test):
+            write_image(root / "test" / f"c{label:02}" / f"{i:03}.png", 50 + i)
+    return root
+
+
+def tiny_set(root: Path, per_class: int = 12) -> Path:
+    base = root / "tiny-imagenet-200"
+    lines = []
+    for label, wnid in enumerate(["n03", "n01", "n02"]):
+        for i in range(per_class):
+            write_image(base / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", 20 * label + i)
+        for i in (label, label + 10):
+            write_image(base / "val" / "images" / f"val_{i}.JPEG", 100 + i)
+            lines.append(f"val_{i}.JPEG\t{wnid}\t0\t0\t7\t7\n")
+    (base / "val" / "val_annotations.txt").write_text("".join(lines))
+    (base / "wnids.txt").write_text("n03\nn01\nn02\n")
+    return root
+
+
+# ---------------------------------------------------------------------------------------------
+# ImageSet
+
+
+def test_image_set_checks_dtype_and_shape():
+    good = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    labels = torch.zeros(2, dtype=torch.int64)
+    for images, wrong in ((good.float(), labels), (good[:, :1], labels), (good, labels[:1])):
+        with pytest.raises(InputError):
+            ImageSet(images, wrong, ["a"], "t")
+    with pytest.raises(InputError):
+        ImageSet(good, labels.int(), ["a"], "t")
+
+
+def test_subset_keeps_rows_files_and_total():
+    images = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, 3, 4, 4)
+    whole = ImageSet(images, torch.arange(5), list("abcde"), "t", files=list("vwxyz"))
+    part = whole.subset([1, 3, 4]).subset(torch.tensor([2, 0]))
+    assert part.images[:, 0, 0, 0].tolist() == [4, 1]
+    assert part.labels.tolist() == part.rows.tolist() == [4, 1]
+    assert part.files == ["z", "w"]
+    assert part.total == 5
+
+
+def test_fingerprint_sees_pixels_labels_and_shape():
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    labels = torch.tensor([0, 1])
+    prints = [datasets.fingerprint(ImageSet(images, labels, ["a", "b"], "t"))]
+    changed = images.clone()
+    changed[1, 2, 3, 3] = 1
+    prints.append(datasets.fingerprint(ImageSet(changed, labels, ["a", "b"], "t")))
+    prints.append(datasets.fingerprint(ImageSet(images, labels.flip(0), ["a", "b"], "t")))
+    prints.append(datasets.fingerprint(ImageSet(images.view(2, 3, 2, 8), labels, ["a", "b"], "t")))
+    assert len(set(prints)) == 4
+    assert prints[0] == datasets.fingerprint(ImageSet(images.clone(), labels, ["a", "b"], "u"))
+
+
+def test_stable_seed_is_pinned():
+    # Published figures depend on it: a change would regenerate every corrupted set.
+    digest = hashlib.sha256(b"(0, 'fog', 5, 'test')").digest()
+    assert stable_seed(0, "fog", 5, "test") == int.from_bytes(digest[:8], "big") // 2
+
+
+# ---------------------------------------------------------------------------------------------
+# Names
+
+
+def test_base_name():
+    assert datasets.base_name("cifar10-c") == datasets.base_name("cifar10") == "cifar10"
+    with pytest.raises(InputError, match="did you mean 'tinyimagenet'"):
+        datasets.base_name("tinyimagnet")
+
+
+def test_load_checks_its_arguments(tmp_path):
+    with pytest.raises(InputError, match="unknown split 'vla'"):
+        datasets.load("folder", tmp_path, "vla")
+    with pytest.raises(InputError, match="--data"):
+        datasets.load("cifar10")
+    with pytest.raises(InputError, match="--image_size 0"):
+        datasets.load("folder", tmp_path, "train", 0)
+
+
+def test_synthetic_rows(monkeypatch):
+    monkeypatch.setattr(synthetic, "SIZES", {"all": 100, "test": 40, "pretrain": 40})
+    for split, count in (("train", 90), ("val", 10), ("all", 100), ("test", 40)):
+        loaded = datasets.load("synthetic-c", split=split)
+        assert len(loaded) == len(loaded.rows) == count
+        assert torch.equal(loaded.rows, datasets.split_indices("synthetic", split=split))
+        if split in ("train", "val"):
+            whole = datasets.load("synthetic", split="all")
+            assert torch.equal(loaded.images, whole.images[loaded.rows])
+            assert loaded.total == 100
+
+
+# ---------------------------------------------------------------------------------------------
+# Folders
+
+
+def test_folder_splits_are_stratified_disjoint_and_cover(tmp_path):
+    folder_set(tmp_path)
+    sets = {split: datasets.load("folder", tmp_path, split) for split in datasets.SPLITS}
+    whole, train, val, test = (sets[s] for s in ("all", "train", "val", "test"))
+    assert red(whole.images) == [*range(20), *range(100, 120)]
+    assert whole.labels.tolist() == [0] * 20 + [1] * 20
+    assert val.labels.tolist() == [0, 0, 1, 1]
+    assert sorted([*train.rows.tolist(), *val.rows.tolist()]) == list(range(40))
+    for part in (train, val):
+        assert torch.equal(part.images, whole.images[part.rows])
+        assert part.files == [whole.files[row] for row in part.rows.tolist()]
+        assert part.total == 40
+    assert len(test) == test.total == 6
+    assert test.classes == train.classes == ["c00", "c01"]
+    for split, loaded in sets.items():
+        assert torch.equal(loaded.rows, datasets.split_indices("folder", tmp_path, split))
+    # Channels in order RGB.
+    assert whole.images[3, :, 0, 0].tolist() == [0, 0, 255]
+
+
+def test_folder_split_follows_names_only():
+    names = [f"{c}/{i:04}.png" for c in "ab" for i in range(300)]
+    rows = image_folder.validation_rows(names).tolist()
+    chosen = {names[row] for row in rows}
+    assert len(chosen) == 60 and sum(name[0] == "a" for name in chosen) == 30
+    # By the definition, independently: the 30 lowest hashes of a class.
+    ranked = sorted(range(300), key=lambda i: hashlib.sha256(f"0/a/{i:04}".encode()).digest())
+    assert {f"a/{i:04}.png" for i in ranked[:30]} == {name for name in chosen if name[0] == "a"}
+    # Another format or order of listing keeps it, one more image moves at most one.
+    other = [name.replace(".png", ".jpg") for name in reversed(names)]
+    again = {other[row][:-4] for row in image_folder.validation_rows(other).tolist()}
+    assert again == {name[:-4] for name in chosen}
+    more = [*names, "a/9999.png"]
+    assert len(chosen ^ {more[r] for r in image_folder.validation_rows(more).tolist()}) <= 2
+    assert image_folder.validation_rows(["a/1.png"]).tolist() == []
+
+
+def test_folder_val_is_the_test_set_where_there_is_no_test(tmp_path):
+    folder_set(tmp_path)
+    (tmp_path / "test").rename(tmp_path / "val")
+    assert len(datasets.load("folder", tmp_path, "test")) == 6
+    assert len(datasets.load("folder", tmp_path, "val")) == 4
+
+
+def test_folder_reads_nested_folders_and_passes_over_other_files(tmp_path):
+    folder_set(tmp_path)
+    write_image(tmp_path / "train/c00/deeper/x.JPG", 77)
+    (tmp_path / "train/c00/notes.txt").write_text("no image")
+    write_image(tmp_path / "train/c00/.hidden.png", 78)
+    whole = datasets.load("folder", tmp_path, "all")
+    assert 77 in red(whole.images) and 78 not in red(whole.images)
+    assert len(whole) == 41
+
+
+def test_folder_errors_name_what_is_wrong(tmp_path):
+    with pytest.raises(InputError, match="--data"):
+        datasets.load("folder", tmp_path / "nowhere")
+    folder_set(tmp_path)
+    (tmp_path / "train" / "c77").mkdir()
+    with pytest.raises(InputError, match="c77 holds no images"):
+        datasets.load("folder", tmp_path)
+    (tmp_path / "train" / "c77").rmdir()
+    write_image(tmp_path / "test" / "c1" / "x.png", 0)
+    with pytest.raises(InputError, match=r"test/c1 is not one of the training classes"):
+        datasets.load("folder", tmp_path, "test")
+    write_image(tmp_path / "train" / "loose.png", 0)
+    with pytest.raises(InputError, match=r"loose.png lies in no class folder"):
+        datasets.load("folder", tmp_path)
+    for file in (tmp_path / "test").rglob("*.png"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"test holds no"):
+        datasets.load("folder", tmp_path, "test")
+
+
+def test_differing_sizes_need_image_size(tmp_path):
+    folder_set(tmp_path)
+    write_image(tmp_path / "train/c01/999.png", 7, size=(12, 8))
+    with pytest.raises(InputError, match=r"999.png is 12×8, .*000.png is 8×8: give --image_size"):
+        datasets.load("folder", tmp_path, "all")
+    assert datasets.load("folder", tmp_path, "all", 8).images.shape == (41, 3, 8, 8)
+    write_image(tmp_path / "train/c00/000.png", 7, size=(12, 8))
+    with pytest.raises(InputError, match=r"000.png is 12×8, not square: give --image_size"):
+        datasets.load("folder", tmp_path, "all")
+
+
+def test_resizing_is_box_on_the_central_square():
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    small = np.asarray(cache.resized(Image.fromarray(pixels), 4))
+    means = pixels[:, 2:10].reshape(4, 2, 4, 2, 3).mean((1, 3))
+    assert np.abs(small - means).max() <= 1
+    large = np.asarray(cache.resized(Image.fromarray(pixels[:, 2:10]), 16))
+    assert large.shape == (16, 16, 3)
+    assert len(np.unique(large[..., 0])) > 64  # interpolated, not repeated
+
+
+# ---------------------------------------------------------------------------------------------
+# Image files
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "text", "bomb"])
+def test_unreadable_image_is_named(tmp_path, monkeypatch, damage):
+    folder_set(tmp_path)
+    bad = tmp_path / "train" / "c01" / "005.png"
+    if damage == "empty":
+        bad.write_bytes(b"")
+    elif damage == "truncated":
+        bad.write_bytes(bad.read_bytes()[:60])
+    elif damage == "text":
+        bad.write_text("this is not an image")
+    else:
+        write_image(bad, 1, size=(200, 200))
+        monkeypatch.setattr(cache, "MAX_PIXELS", 10_000)
+    with pytest.raises(InputError, match=r"c01/005\.png") as caught:
+        datasets.load("folder", tmp_path, "all", 8)
+    if damage == "empty":
+        assert "empty file" in str(caught.value)
+    # Nothing half-made stays behind.
+    assert not list(tmp_path.rglob("*.npy")) and not list(tmp_path.rglob("*train-8*"))
+
+
+def test_grey_palette_and_alpha_become_rgb(tmp_path):
+    for mode in ("L", "P", "RGBA", "1", "CMYK"):
+        path = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
+        Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode).save(path)
+        image = cache.read_image(path)
+        assert image.mode == "RGB" and image.getpixel((4, 4)) == (255, 255, 255)
+
+
+# ---------------------------------------------------------------------------------------------
+# Cache
+
+
+def forbid_decoding(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(cache, "read_image", refuse)
+
+
+def cached(root: Path) -> Path:
+    (path,) = (root / ".rws_cache").glob("train-*.npy")
+    return path
+
+
+def test_second_load_comes_from_the_cache(tmp_path, monkeypatch):
+    folder_set(tmp_path)
+    first = datasets.load("folder", tmp_path, "all")
+    forbid_decoding(monkeypatch)
+    assert torch.equal(datasets.load("folder", tmp_path, "all").images, first.images)
+    val = datasets.load("folder", tmp_path, "val")
+    assert torch.equal(val.images, first.images[val.rows])
+    with pytest.raises(AssertionError, match="decoded again"):
+        datasets.load("folder", tmp_path, "all", 4)
+
+
+def test_many_pieces_stay_in_order(tmp_path, monkeypatch):
+    folder_set(tmp_path, train=40)
+    monkeypatch.setattr(cache, "_PIECE", 3)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    expected = [*range(40), *range(100, 140)]
+    assert red(datasets.load("folder", tmp_path, "all").images) == expected
+    assert cached(tmp_path).stat().st_size > 80 * 3 * 64
+    files = cache.list_images(tmp_path / "train")
+    uncached = cache.read_images(files, torch.arange(80), None, None, "train")
+    assert red(uncached) == expected
+
+
+@pytest.mark.parametrize("change", ["pixels", "added", "removed", "renamed"])
+def test_changed_source_is_decoded_anew(tmp_path, change):
+    folder_set(tmp_path)
+    datasets.load("folder", tmp_path, "all")
+    before, target = cached(tmp_path), tmp_path / "train/c00/007.png"
+    expected = [*range(20), *range(100, 120)]
+    if change == "pixels":
+        size, time = target.stat().st_size, target.stat().st_mtime_ns
+        write_image(target, 8)
+        assert target.stat().st_size == size  # so that it is the time that tells
+        os.utime(target, ns=(time + 10**9, time + 10**9))
+        expected[7] = 8
+    elif change == "added":
+        write_image(tmp_path / "train/c01/999.png", 222)
+        expected.append(222)
+    elif change == "removed":
+        target.unlink()
+        del expected[7]
+    else:
+        target.rename(target.with_name("999.png"))
+        expected.insert(19, expected.pop(7))
+    assert red(datasets.load("folder", tmp_path, "all").images) == expected
+    assert cached(tmp_path) != before  # and the stale one is gone
+
+
+@pytest.mark.parametrize("damage", ["byte", "short", "long", "empty", "text", "pickle", "shape"])
+def test_damaged_cache_is_decoded_anew(tmp_path, damage):
+    folder_set(tmp_path)
+    expected = datasets.load("folder", tmp_path, "all").images
+    path = cached(tmp_path)
+    good = path.read_bytes()
+    data = bytearray(good)
+    if damage == "byte":
+        data[len(data) // 2] ^= 1
+    elif damage == "short":
+        data = data[:-100]
+    elif damage == "long":
+        data += b"\0"
+    elif damage == "empty":
+        data = bytearray()
+    elif damage == "text":
+        data = bytearray(b"hello")
+    elif damage == "shape":
+        data = data.replace(b"(40, 3, 8, 8)", b"(20, 6, 8, 8)")
+    path.write_bytes(data)
+    if damage == "pickle":
+        np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+    assert torch.equal(datasets.load("folder", tmp_path, "all").images, expected)
+    assert cached(tmp_path).read_bytes() == good
+
+
+def test_cache_survives_any_single_damaged_byte_of_its_header(tmp_path):
+    folder_set(tmp_path, train=2)
+    datasets.load("folder", tmp_path, "all")
+    path, rows = cached(tmp_path), torch.arange(4)
+    good = path.read_bytes()
+    assert cache._from_cache(path, 4, rows) is not None
+    for position in range(128):
+        for flip in (0x01, 0x80, 0xFF):
+            data = bytearray(good)
+            data[position] ^= flip
+            path.write_bytes(data)
+            found = cache._from_cache(path, 4, rows)
+            # Spaces that pad the header may change without harm; pixels may not.
+            assert found is None or bytes(found.numpy().tobytes()) == good[128:-4]
+
+
+def test_unwritable_data_folder_caches_in_the_home(tmp_path, monkeypatch):
+    folder_set(tmp_path)
+    (tmp_path / ".rws_cache").write_text("in the way, as a read-only folder would be")
+    expected = datasets.load("folder", tmp_path, "all").images
+    home = Path(os.environ["XDG_CACHE_HOME"]) / "robust-weight-signatures"
+    assert len(list(home.rglob("train-*.npy"))) == 1
+    forbid_decoding(monkeypatch)
+    assert torch.equal(datasets.load("folder", tmp_path, "all").images, expected)
+
+
+def test_no_place_for_a_cache_only_costs_time(tmp_path, monkeypatch):
+    folder_set(tmp_path)
+    monkeypatch.setattr(cache, "_can_write", lambda folder: False)
+    val = datasets.load("folder", tmp_path, "val")
+    monkeypatch.undo()
+    assert torch.equal(val.images, datasets.load("folder", tmp_path, "all").images[val.rows])
+
+
+def test_full_disk_only_costs_the_cache(tmp_path, monkeypatch):
+    folder_set(tmp_path)
+
+    def full(path):
+        raise InputError(f"cannot write {path}: No space left on device") from OSError(28, "full")
+
+    monkeypatch.setattr(cache, "replacing", full)
+    with pytest.warns(UserWarning, match="no cache of the decoded images"):
+        assert len(datasets.load("folder", tmp_path, "all")) == 40
+
+
+def test_loading_twice_at_once_leaves_one_whole_cache(tmp_path):
+    folder_set(tmp_path)
+    loaded = []
+
+    def load():
+        loaded.append(datasets.load("folder", tmp_path, "all").images)
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(loaded) == 4 and all(torch.equal(images, loaded[0]) for images in loaded)
+    assert cache._from_cache(cached(tmp_path), 40, torch.arange(40)) is not None
+    assert len(list((tmp_path / ".rws_cache").iterdir())) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Tiny-ImageNet
+
+
+def test_tiny_imagenet_as_unzipped(tmp_path):
+    tiny_set(tmp_path)
+    for root in (tmp_path, tmp_path / "tiny-imagenet-200"):
+        train = datasets.load("tinyimagenet", root, "train")
+        val = datasets.load("tinyimagenet-c", root, "val")
+        test = datasets.load("tinyimagenet", root, "test")
+        assert train.classes == ["n01", "n02", "n03"]
+        # By wnid, then by number (10 after 9): values are 20·(place in wnids.txt) + number.
+        assert red(train.images) == [20 + i for i in range(6)] + [40 + i for i in range(6)] + [
+            *range(6)
+        ]
+        assert red(val.images) == [20 + i for i in range(6, 12)] + [
+            40 + i for i in range(6, 12)
+        ] + [*range(6, 12)]
+        assert train.files[:2] == ["n01/n01_0.JPEG", "n01/n01_1.JPEG"]
+        assert red(test.images) == [101, 111, 102, 112, 100, 110]
+        assert test.labels.tolist() == [0, 0, 1, 1, 2, 2]
+        assert test.files[0] == "n01/val_1.JPEG"
+        for split, loaded in (("train", train), ("val", val), ("test", test)):
+            assert torch.equal(loaded.rows, datasets.split_indices("tinyimagenet", root, split))
+
+
+def test_tiny_imagenet_sorted_val(tmp_path):
+    tiny_set(tmp_path)
+    before = datasets.load("tinyimagenet", tmp_path, "test")
+    val = tmp_path / "tiny-imagenet-200" / "val"
+    for name in before.files:
+        (val / name).parent.mkdir(exist_ok=True)
+        (val / "images" / name.split("/")[1]).rename(val / name)
+    (val / "images").rmdir()
+    after = datasets.load("tinyimagenet", tmp_path, "test")
+    assert torch.equal(after.images, before.images) and after.files == before.files
+    assert torch.equal(after.labels, before.labels)
+
+
+def test_tiny_imagenet_validation_is_the_last_fifty_of_each_class():
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor([500, 334, 60]))
+    rows = tiny_imagenet.validation_rows(labels).tolist()
+    assert rows == [*range(450, 500), *range(784, 834), *range(864, 894)]
+
+
+def test_tiny_imagenet_errors(tmp_path):
+    with pytest.raises(InputError, match=r"--data .*: no Tiny-ImageNet there"):
+        datasets.load("tinyimagenet", tmp_path)
+    tiny_set(tmp_path)
+    val = tmp_path / "tiny-imagenet-200" / "val"
+    annotations = val / "val_annotations.txt"
+    text = annotations.read_text()
+    for wrong, message in (
+        (text.replace("val_1.JPEG", "val_99.JPEG"), "has no line for val_1.JPEG"),
+        (text + "val_99.JPEG\tn01\n", "lacks val_99.JPEG"),
+        (text + "nonsense\n", "val_annotations.txt:7"),
+        (text.replace("n02", "n09"), "n09 is no folder of train/"),
+        (None, "cannot read .*val_annotations.txt"),
+    ):
+        if wrong is None:
+            annotations.unlink()
+        else:
+            annotations.write_text(wrong)
+        with pytest.raises(InputError, match=message):
+            datasets.load("tinyimagenet", tmp_path, "test")
+
+
+# ---------------------------------------------------------------------------------------------
+# CIFAR
+
+
+class _Touch:
+    """Pickles to a call that makes a file: what a hostile pickle would do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def pickles(tmp_path, monkeypatch):
+    """A CIFAR-10 of 5 × 20 training and 20 test images in the published files."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+
+    def write(name: str, content: object) -> list[str]:
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def batch(name: str) -> list[str]:
+        data = rng.integers(0, 256, (20, 3072), dtype=np.uint8)
+        return write(name, {"data": data, "labels": rng.integers(0, 10, 20).tolist()})
+
+    published = cifar.CIFAR10
+    monkeypatch.setattr(published, "train_list", [batch(f"data_batch_{i}") for i in range(1, 6)])
+    monkeypatch.setattr(published, "test_list", [batch("test_batch")])
+    name, md5 = write("batches.meta", {"label_names": [f"class{i}" for i in range(10)]})
+    monkeypatch.setattr(published, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    return folder
+
+
+def test_cifar_pickles(pickles):
+    raw = [pickle.loads((pickles / f"data_batch_{i}").read_bytes()) for i in range(1, 6)]
+    data = np.concatenate([batch["data"] for batch in raw]).reshape(-1, 3, 32, 32)
+    for root in (pickles.parent, pickles):
+        whole, train, val, test = (
+            datasets.load("cifar10", root, split) for split in ("all", "train", "val", "test")
+        )
+        assert np.array_equal(whole.images.numpy(), data)
+        assert whole.labels.tolist() == [label for batch in raw for label in batch["labels"]]
+        assert torch.equal(train.images, whole.images[:90])
+        assert torch.equal(val.images, whole.images[90:])
+        assert val.rows.tolist() == list(range(90, 100)) and val.total == 100
+        assert len(test) == 20 and test.classes[3] == "class3"
+    small = datasets.load("cifar10", pickles, "test", image_size=16)
+    box = test.images.float().view(20, 3, 16, 2, 16, 2).mean((3, 5))
+    assert (small.images - box).abs().max() <= 1
+
+
+def test_cifar_pickles_split_as_published(pickles):
+    assert torch.equal(datasets.split_indices("cifar10", pickles, "train"), torch.arange(45_000))
+    assert torch.equal(
+        datasets.split_indices("cifar10", pickles, "val"), torch.arange(45_000, 50_000)
+    )
+    assert torch.equal(datasets.split_indices("cifar10", pickles, "test"), torch.arange(10_000))
+
+
+def test_cifar_never_unpickles_what_is_not_published(pickles, tmp_path):
+    marker = tmp_path / "executed"
+    (pickles / "data_batch_3").write_bytes(pickle.dumps(_Touch(marker)))
+    with pytest.raises(InputError, match="data_batch_3: MD5"):
+        datasets.load("cifar10", pickles)
+    assert not marker.exists()
+    (pickles / "test_batch").unlink()
+    with pytest.raises(InputError, match=r"MD5|lacks"):
+        datasets.load("cifar10", pickles, "test")
+
+
+def test_cifar_without_data_or_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar, "_network_answers", lambda: False)
+    with pytest.raises(InputError, match=r"--data .*cifar-10-batches-py/ nor train/<class>/"):
+        datasets.load("cifar10", tmp_path / "typo")
+    assert not (tmp_path / "typo").exists()
+    monkeypatch.setattr(cifar, "_network_answers", lambda: True)
+
+    def refuse(self):
+        raise RuntimeError("host went away")
+
+    monkeypatch.setattr(cifar.CIFAR100, "download", refuse)
+    with pytest.raises(InputError, match=r"cifar-100-python.*downloading cifar100 failed: host"):
+        datasets.load("cifar100", tmp_path)
+
+
+def test_cifar_as_folders(tmp_path):
+    folder_set(tmp_path, classes=10, train=10, test=1)
+    train, val = (datasets.load("cifar10", tmp_path, split) for split in ("train", "val"))
+    assert len(train) == 90 and val.labels.tolist() == list(range(10))
+    assert torch.equal(val.rows, datasets.split_indices("cifar10", tmp_path, "val"))
+    assert train.name == "cifar10"
+    with pytest.raises(InputError, match="10 class folders, cifar100 has 100"):
+        datasets.load("cifar100", tmp_path)
+
+
+def test_split_rows():
+    val = torch.tensor([1, 4])
+    assert split_rows(5, val, "train").tolist() == [0, 2, 3]
+    assert split_rows(5, val, "val").tolist() == [1, 4]
+    assert split_rows(5, val, "all").tolist() == split_rows(5, val, "test").tolist() == [*range(5)]

@@ -1,0 +1,225 @@
+"""The batch loader: augmentations against torchvision per image, reproducible epochs, no losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datasets import loader
+from datasets.images import ImageSet
+from datasets.loader import BatchLoader
+from utils.errors import InputError
+
+
+def make_set(count: int = 50, side: int = 8, seed: int = 0) -> ImageSet:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(1, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
+    return ImageSet(images, torch.arange(count), [str(i) for i in range(count)], "synthetic")
+
+
+# ---------------------------------------------------------------------------------------------
+# Augmentations
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 9), st.integers(3, 10), st.integers(3, 10), st.integers(1, 4), st.data())
+def test_crop_is_torchvisions_pad_and_crop(count, height, width, padding, data):
+    images = torch.randint(1, 256, (count, 3, height, width), dtype=torch.uint8)
+    offsets = st.lists(st.integers(0, 2 * padding), min_size=count, max_size=count)
+    dy, dx = data.draw(offsets), data.draw(offsets)
+    cropped = loader.crop(images, torch.tensor(dy), torch.tensor(dx), padding)
+    for image, top, left, result in zip(images, dy, dx, cropped, strict=True):
+        expected = TF.crop(TF.pad(image, [padding] * 4), top, left, height, width)
+        assert torch.equal(result, expected)
+
+
+def test_flip_is_torchvisions_hflip():
+    images = make_set(6).images
+    flipped = torch.tensor([True, False, True, True, False, False])
+    for image, mirrored, result in zip(images, flipped, loader.flip(images, flipped), strict=True):
+        assert torch.equal(result, TF.hflip(image) if mirrored else image)
+
+
+@pytest.mark.parametrize("side", [31, 32, 64])
+def test_rotate_is_torchvisions_rotate(side):
+    images = make_set(60, side).images
+    angles = torch.linspace(-20, 20, 60)
+    angles[:3] = torch.tensor([0.0, 90.0, -180.0])
+    expected = torch.stack([TF.rotate(i, float(a)) for i, a in zip(images, angles, strict=True)])
+    rotated = loader.rotate(images, angles)
+    assert torch.equal(rotated[0], images[0])
+    # Sources halfway between two pixels may round either way.
+    assert (rotated != expected).any(1).float().mean() < 1e-4
+
+
+def test_augmentations_keep_the_dtype():
+    for dtype in (torch.uint8, torch.float32):
+        images = make_set(4).images.to(dtype)
+        for function in (loader.random_crop, loader.random_flip, loader.random_rotation):
+            assert function(images).dtype == dtype
+
+
+def test_draws_cover_their_range_evenly():
+    generator, device = torch.Generator().manual_seed(0), torch.device("cpu")
+    for offsets in loader.draw_offsets(9000, 4, device, generator):
+        counts = torch.bincount(offsets, minlength=9)
+        assert len(counts) == 9 and (counts - 1000).abs().max() < 150
+    assert abs(loader.draw_flips(10_000, device, generator).float().mean() - 0.5) < 0.02
+    angles = loader.draw_angles(10_000, 20.0, device, generator)
+    assert -20 <= angles.min() < -19.9 and 19.9 < angles.max() <= 20 and abs(angles.mean()) < 0.5
+
+
+def test_random_functions_draw_per_image():
+    images = make_set(1, 32).images.expand(64, -1, -1, -1)
+    generator = torch.Generator().manual_seed(0)
+    for function, least in ((loader.random_crop, 30), (loader.random_rotation, 50)):
+        assert len(function(images, generator=generator).flatten(1).unique(dim=0)) >= least
+    assert len(loader.random_flip(images, generator).flatten(1).unique(dim=0)) == 2
+
+
+def test_augmentation_for():
+    expected = {"tinyimagenet": "rotate_flip", "cifar10": "crop_flip", "cifar100": "crop_flip"}
+    expected |= {"synthetic": "crop_flip", "folder": "crop_flip"}
+    assert {name: loader.augmentation_for(name) for name in expected} == expected
+
+
+# ---------------------------------------------------------------------------------------------
+# Loader
+
+
+def epoch(batches: BatchLoader) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def test_plain_batches_are_the_set_in_order():
+    data = make_set(50)
+    batches = BatchLoader(data, 16)
+    sizes = [len(labels) for _, labels in batches]
+    assert sizes == [16, 16, 16, 2] and len(batches) == 4
+    images, labels = epoch(batches)
+    assert images.dtype == torch.float32 and labels.dtype == torch.int64
+    assert torch.equal(images, torch.stack([TF.convert_image_dtype(i) for i in data.images]))
+    assert torch.equal(labels, data.labels)
+    assert torch.equal(data.images, make_set(50).images)  # the set itself is left alone
+
+
+@pytest.mark.parametrize("augment", [None, "crop_flip", "rotate_flip"])
+def test_every_image_once_per_epoch_in_a_new_order(augment):
+    batches = BatchLoader(make_set(50), 16, augment, shuffle=True)
+    first, second = epoch(batches)[1], epoch(batches)[1]
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(50))
+    assert not torch.equal(first, second) and not torch.equal(first, torch.arange(50))
+
+
+def test_labels_go_with_their_images():
+    data = make_set(50)
+    images, labels = epoch(BatchLoader(data, 16, shuffle=True))
+    assert torch.equal((images * 255).round().to(torch.uint8), data.images[labels])
+
+
+@pytest.mark.parametrize("augment", ["crop_flip", "rotate_flip"])
+def test_epoch_is_the_augmentations_of_its_draws(augment, monkeypatch):
+    """Whatever the grouping into batches, image i is changed by draw i alone, as by torchvision."""
+    monkeypatch.setattr(loader, "CROP_PADDING", 8)  # 2 at 8 pixels
+    data = make_set(20)
+    batches = BatchLoader(data, 6, augment, shuffle=True, seed=3)
+    drawn = []
+    draw = batches._draw
+    batches._draw = lambda *args: drawn.append(draw(*args)) or drawn[0]
+    images, labels = epoch(batches)
+    *place, flips = drawn[0]
+    for i, label in enumerate(labels):
+        expected = data.images[label]
+        if augment == "crop_flip":
+            dy, dx = (int(draws[i]) for draws in place)
+            expected = TF.crop(TF.pad(expected, [2] * 4), dy, dx, 8, 8)
+        else:
+            expected = TF.rotate(expected, float(place[0][i]))
+        expected = TF.hflip(expected) if flips[i] else expected
+        assert torch.equal((images[i] * 255).round().to(torch.uint8), expected)
+
+
+@pytest.mark.parametrize("augment", ["crop_flip", "rotate_flip"])
+def test_grouping_batches_changes_nothing(augment, monkeypatch):
+    data = make_set(50)
+    one = epoch(BatchLoader(data, 7, augment, shuffle=True))
+    # An accelerator augments several batches together; force that path.
+    grouped = BatchLoader(data, 7, augment, shuffle=True)
+    monkeypatch.setattr(BatchLoader, "_together", lambda self: 3 * self.batch_size)
+    several = epoch(grouped)
+    assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
+
+
+def test_drop_last():
+    batches = BatchLoader(make_set(50), 16, "crop_flip", shuffle=True, drop_last=True)
+    assert [len(labels) for _, labels in batches] == [16, 16, 16] and len(batches) == 3
+    # Which images are left out changes with the order.
+    assert len(torch.cat([epoch(batches)[1] for _ in range(8)]).unique()) == 50
+
+
+def test_same_seed_same_epochs_and_other_seed_others():
+    runs = [BatchLoader(make_set(), 16, "crop_flip", shuffle=True, seed=s) for s in (1, 1, 2)]
+    first, again, other = ([epoch(run)[0] for _ in range(2)] for run in runs)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_resumes_at_the_next_epoch():
+    run = BatchLoader(make_set(), 16, "rotate_flip", shuffle=True, seed=5)
+    epochs, states = [], []
+    for _ in range(3):
+        states.append(run.state_dict())
+        epochs.append(epoch(run)[0])
+    for number in (2, 1):
+        resumed = BatchLoader(make_set(), 16, "rotate_flip", shuffle=True, seed=0)
+        resumed.load_state_dict(states[number])
+        assert torch.equal(epoch(resumed)[0], epochs[number])
+
+
+def test_epochs_do_not_touch_the_global_generator():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    epoch(BatchLoader(make_set(), 16, "crop_flip", shuffle=True))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_channels_last():
+    data = make_set()
+    for images, _ in BatchLoader(data, 16, "crop_flip", shuffle=True, channels_last=True):
+        assert images.is_contiguous(memory_format=torch.channels_last)
+    plain = epoch(BatchLoader(data, 16, "crop_flip", shuffle=True))[0]
+    last = epoch(BatchLoader(data, 16, "crop_flip", shuffle=True, channels_last=True))[0]
+    assert torch.equal(plain, last)
+
+
+@pytest.mark.parametrize("side, padding", [(8, 1), (32, 4), (48, 6), (64, 8)])
+def test_crop_padding_is_four_at_32_pixels(side, padding):
+    batches = BatchLoader(make_set(200, side), 200, "crop_flip")
+    dy, dx, _ = batches._draw(200, torch.Generator().manual_seed(0))
+    assert int(dy.max()) == int(dx.max()) == 2 * padding
+
+
+def test_errors():
+    with pytest.raises(InputError, match="--batch_size 0"):
+        BatchLoader(make_set(), 0)
+    with pytest.raises(InputError, match="crop_flip"):
+        BatchLoader(make_set(), 16, "mixup")
+    with pytest.raises(InputError, match="no images"):
+        BatchLoader(make_set().subset([]), 16)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("augment", [None, "crop_flip", "rotate_flip"])
+def test_cuda_loop_never_waits_for_the_host(augment):
+    batches = BatchLoader(make_set(300), 16, augment, device="cuda", shuffle=True)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        labels = torch.cat([labels for _, labels in batches])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert labels.sort().values.tolist() == list(range(300))

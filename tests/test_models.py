@@ -1,0 +1,89 @@
+"""Models: torchvision's keys and outputs, normalization inside, depth order."""
+
+import pytest
+import torch
+import torchvision
+
+from models import ARCHS, build_model, head_prefix
+from models.layers import carried_keys, depth_order, infer_arch, layer_keys
+from utils.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("arch", "layers"),
+    [
+        ("vgg11", 8),
+        ("vgg13", 10),
+        ("vgg16", 13),
+        ("vgg19", 16),
+        ("resnet18", 9),
+        ("resnet34", 17),
+        ("resnet50", 17),
+        ("resnet101", 34),
+    ],
+)
+def test_number_of_layers(arch, layers):
+    assert len(depth_order(arch)) == layers
+    assert len(layer_keys(arch, layers)) == sum(map(len, depth_order(arch)))
+    for bad in (0, -1, layers + 1):
+        with pytest.raises(InputError, match=str(bad)):
+            layer_keys(arch, bad)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_backbone_keys_are_torchvisions(arch):
+    with torch.device("meta"):
+        ours = build_model(arch, 10).state_dict()
+        theirs = torchvision.models.get_model(arch).state_dict()
+    own = {k for k in ours if not k.startswith((head_prefix(arch), "normalize."))}
+    assert own == {k for k in theirs if not k.startswith(head_prefix(arch))}
+    assert all(ours[k].shape == theirs[k].shape for k in own)
+    assert infer_arch(ours) == arch
+
+
+def test_vgg_layers_are_convolutions_in_order():
+    keys = layer_keys("vgg16", 3)
+    assert keys == [f"features.{i}.{part}" for i in (0, 2, 5) for part in ("weight", "bias")]
+    assert carried_keys("vgg16") == []
+
+
+def test_resnet50_layers_are_stem_and_blocks():
+    assert layer_keys("resnet50", 1) == ["conv1.weight", "bn1.weight", "bn1.bias"]
+    second = depth_order("resnet50")[1]
+    assert {k.split(".")[1] for k in second} == {"0"}
+    assert "layer1.0.downsample.0.weight" in second and "layer1.0.conv3.weight" in second
+    assert depth_order("resnet50")[4][0] == "layer2.0.conv1.weight"
+    # 53 batch norms with weight and bias each, and 4 downsample convolutions
+    assert len(carried_keys("resnet50")) == 2 * 53 + 4
+
+
+@pytest.mark.parametrize("arch", ["vgg11", "resnet18"])
+def test_model_normalizes_its_input(arch):
+    torch.manual_seed(0)
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+    model = build_model(arch, 7, mean, std).eval()
+    plain = build_model(arch, 7).eval()
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("normalize.")}
+    plain.load_state_dict(state, strict=False)
+    x = torch.rand(2, 3, 32, 32)
+    by_hand = (x - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(by_hand))
+        assert model(x).shape == (2, 7)
+        assert model(torch.rand(1, 3, 64, 64)).shape == (1, 7)
+
+
+def test_resnet_is_torchvisions():
+    torch.manual_seed(0)
+    ours = build_model("resnet18", 5).eval()
+    theirs = torchvision.models.resnet18(num_classes=5).eval()
+    state = {k: v for k, v in ours.state_dict().items() if not k.startswith("normalize.")}
+    theirs.load_state_dict(state)
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_unknown_architecture_names_the_nearest():
+    with pytest.raises(InputError, match="resnet18"):
+        build_model("resnet8", 10)
