@@ -64,13 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     model = parser.add_argument_group("models")
     model.add_argument("--arch", default="vgg16", choices=ARCHS, help="architecture")
-    model.add_argument(
-        "--pretrained",
-        nargs="?",
-        const="imagenet",
-        metavar="FILE",
-        help="θ_pre: a checkpoint; without FILE torchvision's ImageNet weights",
-    )
+    arguments.add_pretrained(model)
     model.add_argument("--base_model", metavar="FILE", help="θ_std: the standard model")
     model.add_argument(
         "--patched_model", metavar="FILE", help="θ_target, the model to patch, if not --base_model"
@@ -128,9 +122,14 @@ def check(args: argparse.Namespace) -> None:
     arguments.check_at_least(args, seed=0)
     for keep_num in args.keep_num:
         layer_keys(args.arch, keep_num)
-    for flag in ("base_model", "corruption_model_root", "pretrained"):
-        if getattr(args, flag) is None:
-            raise InputError(f"--{flag} is needed to extract signatures")
+    needed = {
+        "--base_model": args.base_model,
+        "--corruption_model_root": args.corruption_model_root,
+        "--pretrained": arguments.pretrained_source(args),
+    }
+    for flag, value in needed.items():
+        if value is None:
+            raise InputError(f"{flag} is needed to extract signatures")
     if not args.corruption:
         raise InputError("--corruption: name at least one")
     if args.quantization is not None:
@@ -200,10 +199,8 @@ def find_robust(root: str | Path, corruption: str) -> Path:
 
 def load_states(args: argparse.Namespace) -> dict[str, dict[str, Tensor]]:
     """θ_pre, θ_std and every θ_c as float32 state dicts."""
-    if args.pretrained == "imagenet":
-        states = {"pretrained": ckpt.imagenet_state_dict(args.arch)}
-    else:
-        states = {"pretrained": ckpt.read_state_dict(args.pretrained)}
+    source = arguments.pretrained_source(args)
+    states = {"pretrained": ckpt.pretrained_state_dict(source, args.arch)}
     states["standard"] = ckpt.read_state_dict(args.base_model)
     for name in args.corruption:
         states[name] = ckpt.read_state_dict(find_robust(args.corruption_model_root, name))
@@ -463,6 +460,11 @@ def print_header(study: Study) -> None:
     report.header("model_patching.py", facts)
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
     with script_errors():
-        run(parse_args())
+        run(parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

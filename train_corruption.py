@@ -18,15 +18,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import datasets
 from datasets.corrupted import corrupted_set, mixed_training_set
-from datasets.images import ImageSet, fingerprint
+from datasets.images import ImageSet, fingerprint, stable_seed
 from datasets.loader import BatchLoader, augmentation_for
 from datasets.normalization import normalization
 from models import ARCHS, build_model
@@ -56,15 +56,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="train a robust model; of several corruptions each image is under one",
     )
     arguments.add_corruption(data)
+    data.add_argument(
+        "--resample_corruption",
+        action="store_true",
+        help="draw the corruption of the training images anew in every epoch",
+    )
 
     model = parser.add_argument_group("model")
     model.add_argument("--arch", default="vgg16", choices=ARCHS, help="architecture")
-    model.add_argument(
-        "--pretrained",
-        action="store_true",
-        help="start from --pretrained_path, or without it from torchvision's ImageNet weights",
-    )
-    model.add_argument("--pretrained_path", metavar="FILE", help="checkpoint to start from")
+    arguments.add_pretrained(model)
 
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--lr", type=float, default=0.01, help="initial learning rate")
@@ -108,10 +108,13 @@ def check(args: argparse.Namespace) -> None:
             f"or train a standard model on {dataset}"
         )
     arguments.check_corruptions(args.corruption)
+    if args.resample_corruption and not args.corruption:
+        raise InputError("--resample_corruption draws a --corruption anew; name one")
     arguments.check_severity(args.severity)
     arguments.check_at_least(
         args, batch_size=1, epochs=1, print_freq=1, lr=0, momentum=0, weight_decay=0, seed=0
     )
+    arguments.pretrained_source(args)
     milestones(args.decreasing_lr)
 
 
@@ -146,23 +149,43 @@ def load_data(args: argparse.Namespace, device: torch.device) -> dict[str, Image
         for part in ("val", "test"):
             sets[f"{part} {name}"] = corrupted_set(sets[part], name, split=part, **draw)
     if args.corruption:
+        sets["clean train"] = sets["train"]
         sets["train"] = mixed_training_set(sets["train"], args.corruption, split="train", **draw)
     return sets
+
+
+def redraw(
+    args: argparse.Namespace, clean: ImageSet, device: torch.device
+) -> Callable[[int], Tensor]:
+    """For --resample_corruption: epoch → its training images, each under the same corruption."""
+
+    def images(epoch: int) -> Tensor:
+        return mixed_training_set(
+            clean,
+            args.corruption,
+            args.severity,
+            args.seed,
+            frost_dir=args.frost_dir,
+            device=device,
+            draw_seed=stable_seed("epoch", args.seed, epoch),
+        ).images
+
+    return images
 
 
 def start_model(args: argparse.Namespace, train: ImageSet) -> tuple[nn.Module, str | None]:
     """The model to fine-tune, and the hash of the pretrained weights in it (None: none)."""
     mean, std = normalization(train.name, train)
     model = build_model(args.arch, len(train.classes), mean, std)
-    if not (args.pretrained or args.pretrained_path):
+    source = arguments.pretrained_source(args)
+    if source is None:
         return model, None
-    if args.pretrained_path:
-        path, state = args.pretrained_path, ckpt.read_state_dict(args.pretrained_path)
-    else:
-        path, state = "torchvision's ImageNet weights", ckpt.imagenet_state_dict(args.arch)
-    dropped = ckpt.load_pretrained(model, args.arch, state, path)
+    state = ckpt.pretrained_state_dict(source, args.arch)
+    dropped = ckpt.load_pretrained(model, args.arch, state, source)
     if dropped:
-        print(f"{path}: {', '.join(dropped)} left out, a new head has {len(train.classes)} classes")
+        print(
+            f"{source}: {', '.join(dropped)} left out, a new head has {len(train.classes)} classes"
+        )
     return model, ckpt.backbone_hash(state)
 
 
@@ -197,6 +220,7 @@ def train(args: argparse.Namespace) -> dict:
         device=device,
         shuffle=True,
         seed=args.seed,
+        resample=redraw(args, sets["clean train"], device) if args.resample_corruption else None,
     )
     progress = {"epoch": 0, "best_sa": -1.0, "best_ra": -1.0, "history": []}
     parts = {"optimizer": optimizer, "scheduler": scheduler, "loader": loader}
@@ -289,6 +313,7 @@ def identity(args: argparse.Namespace) -> dict:
         "arch": args.arch,
         "corruption": list(args.corruption),
         "severity": args.severity,
+        "resample_corruption": args.resample_corruption,
         "seed": args.seed,
     }
 
@@ -332,7 +357,9 @@ def print_header(
         "data": f"{images.name}, {height}×{width}, {len(images.classes)} classes: {counts}",
     }
     if args.corruption:
-        facts["corrupted"] = f"severity {args.severity}, {images.source}"
+        facts["corrupted"] = f"severity {args.severity}, {images.source}" + (
+            ", drawn anew in every epoch" if args.resample_corruption else ""
+        )
     facts |= {
         **arguments.frost_note(args.corruption, args.frost_dir),
         "start": f"pretrained weights {pretrained_hash}" if pretrained_hash else "random weights",
@@ -345,6 +372,11 @@ def print_header(
     report.header("train_corruption.py", facts)
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
     with script_errors():
-        train(parse_args())
+        train(parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

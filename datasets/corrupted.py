@@ -11,7 +11,7 @@ the clean set's rows, so both share one split.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from datasets.cache import list_images, read_images
-from datasets.corruptions import CORRUPTIONS, corrupt
+from datasets.corruptions import CORRUPTIONS, corrupt, corrupt_chunks
 from datasets.image_folder import labels_of, short_names
 from datasets.images import ImageSet, check_split, stable_seed
 from datasets.tiny_imagenet import in_published_order
@@ -64,25 +64,26 @@ def mixed_training_set(
     root: str | Path | None = None,
     frost_dir: str | Path | None = None,
     device: str | torch.device = "cpu",
+    draw_seed: int | None = None,
 ) -> ImageSet:
     """`clean` with each image under exactly one of `corruptions`, by a fixed random partition.
 
-    The parts differ in size by at most one image and depend on `seed` alone. Only the images
-    needed are generated. With one corruption this is its `corrupted_set`.
+    The parts differ in size by at most one image and depend on `seed` alone; the draws depend on
+    `draw_seed` (default: `seed`). Only the images needed are generated. With one corruption this
+    is its `corrupted_set`.
     Raises InputError as `corrupted_set` does.
     """
     if not corruptions:
         raise InputError("--corruption: name at least one")
+    draw = (severity, split, seed if draw_seed is None else draw_seed, root, frost_dir, device)
     if len(corruptions) == 1:
-        return corrupted_set(clean, corruptions[0], severity, split, seed, root, frost_dir, device)
+        return corrupted_set(clean, corruptions[0], *draw)
     generator = torch.Generator().manual_seed(stable_seed("partition", seed))
     order = torch.randperm(len(clean), generator=generator)
     images, labels, sources = torch.empty_like(clean.images), clean.labels.clone(), []
     for k, corruption in enumerate(corruptions):
         chosen = order[k :: len(corruptions)].sort().values
-        part = corrupted_set(
-            clean.subset(chosen), corruption, severity, split, seed, root, frost_dir, device
-        )
+        part = corrupted_set(clean.subset(chosen), corruption, *draw)
         images[chosen] = part.images
         labels[chosen] = part.labels
         sources.append(part.source)
@@ -100,9 +101,40 @@ def generate(
 ) -> ImageSet:
     """Corrupt `clean` in memory, on `device`, with draws seeded by the arguments."""
     _check(corruption, severity, split)
-    generator = torch.Generator().manual_seed(stable_seed(seed, corruption, severity, split))
+    generator = draws_of(seed, corruption, severity, split)
     images = corrupt(clean.images.to(device), corruption, severity, generator, frost_dir)
     return replace(clean, images=images.cpu(), source=f"generated, seed {seed}")
+
+
+def generate_chunks(
+    clean: ImageSet,
+    corruption: str,
+    severity: int,
+    split: str,
+    seed: int,
+    frost_dir: str | Path | None = None,
+    device: str | torch.device = "cpu",
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The images of `generate` a chunk at a time and in order: (rows, uint8 images on `device`)."""
+    _check(corruption, severity, split)
+    generator = draws_of(seed, corruption, severity, split)
+    yield from corrupt_chunks(clean.images, corruption, severity, generator, frost_dir, device)
+
+
+def draws_of(seed: int, corruption: str, severity: int, split: str) -> torch.Generator:
+    """The generator of all draws for one corrupted copy of one split."""
+    return torch.Generator().manual_seed(stable_seed(seed, corruption, severity, split))
+
+
+def copy_names(clean: ImageSet) -> list[str]:
+    """ "<class>/<file>", without suffix, of each image in a copy kept as image files.
+
+    The file's name in the clean set where that is kept as files too, else its row.
+    """
+    if clean.files:
+        return [_stem(name.replace("/images/", "/", 1)) for name in clean.files]
+    places = zip(clean.labels.tolist(), clean.rows.tolist(), strict=True)
+    return [f"{clean.classes[label]}/row{row:06d}" for label, row in places]
 
 
 def load_published(
@@ -186,12 +218,13 @@ def _from_folders(clean: ImageSet, place: Path) -> ImageSet:
     labels = labels_of(files, clean.classes)
     # Formats may differ (JPEG copies of PNG images), so names are compared without suffix.
     row_of = {_stem(name): row for row, name in enumerate(short_names(files))}
-    rows = [row_of.get(_stem(name), -1) for name in clean.files]
+    names = copy_names(clean)
+    rows = [row_of.get(name, -1) for name in names]
     if rows and max(rows) >= 0:
         if min(rows) < 0:
             raise InputError(
                 f"{place} lacks {rows.count(-1)} of {len(rows)} images of the clean set, "
-                f"the first is {clean.files[rows.index(-1)]}"
+                f"the first is {(clean.files or names)[rows.index(-1)]}"
             )
         chosen = torch.tensor(rows)
     elif len(files) == clean.total:

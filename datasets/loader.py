@@ -7,7 +7,7 @@ Each augmentation is split into drawing its parameters, once per epoch, and appl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -117,9 +117,12 @@ class BatchLoader:
     """Iterate over (images float32 (n, 3, H, W) in [0, 1], labels int64 (n,)) on `device`.
 
     augment: None, "crop_flip" or "rotate_flip" (`augmentation_for`). shuffle: a new order every
-    epoch. drop_last: leave out a last batch that is not full. channels_last: memory format of the
-    batches. Order and augmentation of epoch e depend on (seed, e), the device's kind and the torch
-    version only; iterating once is one epoch. `state_dict` resumes at the epoch that comes next.
+    epoch, and a last batch of a single image is left out (batch norm can't train on one).
+    drop_last: leave out a last batch that is not full. channels_last: memory format of the
+    batches. resample: called with the number of each epoch, gives the images to use in it instead
+    of the set's, for corruptions drawn anew. Order and augmentation of epoch e depend on (seed, e),
+    the device's kind and the torch version only; iterating once is one epoch. `state_dict` resumes
+    at the epoch that comes next.
     Raises InputError for an empty set, a batch size below 1 and an unknown augmentation.
     """
 
@@ -133,6 +136,7 @@ class BatchLoader:
         seed: int = 0,
         drop_last: bool = False,
         channels_last: bool = False,
+        resample: Callable[[int], Tensor] | None = None,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"--batch_size {batch_size}: must be at least 1")
@@ -149,12 +153,15 @@ class BatchLoader:
         self.seed = seed
         self.drop_last = drop_last
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.resample = resample
         self.epoch = 0
 
     def __len__(self) -> int:
         """Batches in an epoch."""
         count = len(self.images)
-        return count // self.batch_size if self.drop_last else math.ceil(count / self.batch_size)
+        if self.drop_last or (self.shuffle and count % self.batch_size == 1 < count):
+            return count // self.batch_size
+        return math.ceil(count / self.batch_size)
 
     def state_dict(self) -> dict[str, int]:
         """What a resumed run needs: the seed and the number of the next epoch."""
@@ -166,6 +173,8 @@ class BatchLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator(self.device)
         generator.manual_seed(stable_seed("loader", self.seed, self.epoch))
+        if self.resample is not None:
+            self.images = self.resample(self.epoch).to(self.device)
         self.epoch += 1
         return self._batches(generator)
 

@@ -4,7 +4,7 @@ For the demo and the tests, not for the paper's tables. Each picture shows one t
 on a mottled 1/f background. Its class is told twice: by a fine texture (periods of 3 to 5 pixels
 at 32x32), which noise, blur and low contrast wipe out, and by the outline, which survives them. So
 a standard model drops under corruption and a robust one recovers, as with photographs.
-The split `pretrain` plays ImageNet's part: more pictures, of 20 other classes.
+The split `pretrain` plays ImageNet's part: 20 other classes.
 
     from datasets import synthetic
     train, test = synthetic.load("train"), synthetic.load("test")
@@ -24,7 +24,7 @@ from datasets.images import ImageSet
 from utils.errors import InputError, suggest
 
 SEED = 2302
-SIZES = {"all": 10_000, "test": 2_000, "pretrain": 20_000}
+SIZES = {"all": 10_000, "test": 2_000, "pretrain": 10_000}
 VAL_FRACTION = 0.1  # the last rows of `all`
 SPLITS = ("train", "val", "test", "all", "pretrain")
 TEXTURE_CONTRAST = (0.14, 0.34)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import datasets
 from datasets.corruptions import CORRUPTIONS
+from utils.checkpoint import IMAGENET
 from utils.errors import InputError, suggest
 
 
@@ -57,6 +58,28 @@ def add_corruption(group: argparse._ActionsContainer) -> None:
         metavar="DIR",
         help="the original frost photographs; without it a procedural texture stands in",
     )
+
+
+def add_pretrained(group: argparse._ActionsContainer) -> None:
+    """--pretrained [FILE], --pretrained_path FILE."""
+    group.add_argument(
+        "--pretrained",
+        nargs="?",
+        const=IMAGENET,
+        metavar="FILE",
+        help="θ_pre, the pretrained weights; without a file torchvision's ImageNet weights",
+    )
+    group.add_argument("--pretrained_path", metavar="FILE", help="the file of --pretrained")
+
+
+def pretrained_source(args: argparse.Namespace) -> str | None:
+    """The checkpoint file that the two flags name, IMAGENET for torchvision's, None for neither."""
+    named = args.pretrained if args.pretrained != IMAGENET else None
+    if named and args.pretrained_path and named != args.pretrained_path:
+        raise InputError(
+            f"--pretrained {named} and --pretrained_path {args.pretrained_path} name two files"
+        )
+    return args.pretrained_path or args.pretrained
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

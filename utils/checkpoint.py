@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.models import get_model_weights
 
 from models import head_prefix
 from utils.atomic import replacing
 from utils.errors import InputError
 
+IMAGENET = "torchvision's ImageNet weights"
 LAST, BEST_SA, BEST_RA = "checkpoint.pth.tar", "model_SA_best.pth.tar", "model_RA_best.pth.tar"
 
 # Published checkpoints hold best accuracies as NumPy scalars; these types carry data, no code.
@@ -47,10 +49,13 @@ def read(path: str | os.PathLike) -> dict:
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for damaged or refused files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        refused = "weights_only" in reason.lower() or "Unsupported" in reason
-        why = "holds more than weights and was not opened" if refused else "can't be read"
-        raise InputError(f"{path}: the checkpoint {why} ({reason[:120]})") from error
+        told = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+        reason = next(iter(told.splitlines()), type(error).__name__)[:120]
+        if told.startswith("Unsupported"):
+            raise InputError(
+                f"{path}: holds more than weights and was not opened ({reason})"
+            ) from error
+        raise InputError(f"{path}: not a readable checkpoint ({reason})") from error
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: a checkpoint holds a dict, this is a {type(content).__name__}")
     return dict(content)
@@ -150,20 +155,21 @@ def load_pretrained(
     return dropped
 
 
-def imagenet_state_dict(arch: str) -> dict[str, Tensor]:
-    """torchvision's ImageNet weights of `arch`, downloaded once by torch.hub.
+def pretrained_state_dict(source: str | os.PathLike, arch: str) -> dict[str, Tensor]:
+    """θ_pre from a checkpoint file, or torchvision's ImageNet weights of `arch` (IMAGENET).
 
-    Raises InputError that names --pretrained_path when there is no network and no cached copy.
+    The latter are downloaded once by torch.hub; without a network and a cached copy that is an
+    InputError that names --pretrained_path.
     """
-    from torchvision.models import get_model_weights
-
+    if source != IMAGENET:
+        return read_state_dict(source)
     try:
-        # V1: the classic recipe, the one of 2022's papers
+        # V1 is the classic recipe, what "ImageNet pretrained" meant in papers up to 2022.
         return dict(get_model_weights(arch).IMAGENET1K_V1.get_state_dict(progress=False))
     except Exception as error:
         raise InputError(
-            f"--pretrained: torchvision's ImageNet weights of {arch} could not be fetched "
-            f"({type(error).__name__}); name a file with --pretrained_path FILE"
+            f"--pretrained: {IMAGENET} of {arch} could not be fetched ({type(error).__name__}); "
+            "name a checkpoint with --pretrained_path FILE"
         ) from error
 
 

@@ -66,13 +66,45 @@ def corrupt(
     same device. Raises InputError for an unknown name, severity, shape or dtype.
     """
     _check(images, name, severity)
+    return _corrupt(images, name, severity, _base_seed(generator), 0, frost_dir)
+
+
+def corrupt_chunks(
+    images: Tensor,
+    name: str,
+    severity: int,
+    generator: torch.Generator | None = None,
+    frost_dir: str | None = None,
+    device: torch.device | str | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """What `corrupt` gives, a chunk at a time and in order: (rows, their corrupted images).
+
+    For sets too large to have twice in memory. device: where each chunk is moved and corrupted
+    (default: where `images` are); the draws are those of `corrupt` on that device.
+    """
+    _check(images, name, severity)
+    seed = _base_seed(generator)
+    blocks = _blocks_per_chunk(images[:1].to(device))
+    step = BLOCK * blocks * torch.get_num_threads()  # on a CPU a chunk for every thread
+    for start in range(0, len(images), step):
+        part = images[start : start + step].to(device)
+        rows = slice(start, start + len(part))
+        yield rows, _corrupt(part, name, severity, seed, start // BLOCK, frost_dir)
+
+
+def _base_seed(generator: torch.Generator | None) -> int:
+    where = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**62, (), generator=generator, device=where))
+
+
+def _corrupt(
+    images: Tensor, name: str, severity: int, seed: int, first_block: int, frost_dir: str | None
+) -> Tensor:
+    """`images`, which start at block `first_block` of their set, corrupted chunk by chunk."""
     function, table = _TABLE[name]
     c = table[32 if max(images.shape[-2:]) <= 48 else 64][severity - 1]
     parameters = inspect.signature(function).parameters
     options = {"frost_dir": frost_dir} if "frost_dir" in parameters else {}
-
-    where = "cpu" if generator is None else generator.device
-    seed = int(torch.randint(2**62, (), generator=generator, device=where))
     chunk = BLOCK * _blocks_per_chunk(images)
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
 
@@ -80,7 +112,7 @@ def corrupt(
         part = images[start : start + chunk].contiguous()
         drawn = ()
         if "draws" in parameters:
-            drawn = (Draws(len(part), images.device, seed, first_block=start // BLOCK),)
+            drawn = (Draws(len(part), images.device, seed, first_block + start // BLOCK),)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             out[start : start + chunk] = function(part, c, *drawn, **options)
 

@@ -1,0 +1,73 @@
+"""Re-estimation of running statistics against a plain average over batches."""
+
+import pytest
+import torch
+from torch import nn
+
+from datasets.images import ImageSet
+from datasets.loader import BatchLoader
+from models import build_model
+from utils.batchnorm import has_batchnorm, reestimate
+
+
+def images(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return ImageSet(pixels, torch.zeros(count, dtype=torch.int64), ["a"], "test")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = build_model("resnet18", 4)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_()
+            m.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def first_layer_statistics(model, loaders):
+    """Mean and unbiased variance of the stem's output per batch, averaged over images."""
+    means, variances, counts = [], [], []
+    for loader in loaders:
+        for x, _ in loader:
+            out = model.conv1(model.normalize(x)).transpose(0, 1).flatten(1)
+            means.append(out.mean(1) * len(x))
+            variances.append(out.var(1) * len(x))
+            counts.append(len(x))
+    return sum(means) / sum(counts), sum(variances) / sum(counts)
+
+
+def loaders():
+    # Uneven last batches and several sets: every image counts the same.
+    return [BatchLoader(images(23, 1), 8), BatchLoader(images(10, 2), 8)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strength", [1.0, 0.25])
+def test_cumulative_average_and_interpolation(model, strength):
+    old = model.bn1.running_mean.clone(), model.bn1.running_var.clone()
+    mean, var = first_layer_statistics(model, loaders())
+    parameters = {k: v.clone() for k, v in model.named_parameters()}
+    reestimate(model, loaders(), strength)
+    torch.testing.assert_close(
+        model.bn1.running_mean, strength * mean + (1 - strength) * old[0], atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        model.bn1.running_var, strength * var + (1 - strength) * old[1], atol=1e-4, rtol=1e-4
+    )
+    assert not model.training and not any(m.training for m in model.modules())
+    assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert all(torch.equal(v, parameters[k]) for k, v in model.named_parameters())
+
+
+def test_strength_zero_changes_nothing(model):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    reestimate(model, loaders(), 0.0)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_models_without_batchnorm_are_left_alone():
+    assert not has_batchnorm(build_model("vgg11", 4))
+    reestimate(build_model("vgg11", 4), loaders())

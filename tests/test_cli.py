@@ -1,0 +1,242 @@
+"""The scripts as a user runs them, on a handful of images."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import model_patching
+import train_corruption
+from models import build_model
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["--epochs", "1", "--batch_size", "16", "--device", "cpu", "--no-amp"]
+
+
+def run(script, *argv):
+    """A script in a process of its own, as from the README."""
+    return subprocess.run(
+        [sys.executable, ROOT / f"{script}.py", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+    """CIFAR-10 kept as folders: ten classes told apart by brightness."""
+    root = tmp_path_factory.mktemp("cifar")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 10), ("test", 4)):
+        for label, name in enumerate("abcdefghij"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 60, (32, 32, 3), dtype=np.uint8) + 20 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:04d}.png")
+    return root
+
+
+@pytest.fixture(scope="module", params=["vgg11", "resnet18"])
+def models(request, cifar, tmp_path_factory):
+    """arch, and a folder with pre.pth, standard/ and robust/{gaussian_noise,fog}/."""
+    arch, folder = request.param, tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    torch.save(build_model(arch, 5).state_dict(), folder / "pre.pth")
+    common = ["--arch", arch, "--std_data", cifar, "--lr", 0.005, "--pretrained"]
+    common += ["--pretrained_path", folder / "pre.pth", *QUICK]
+    train("--dataset", "cifar10", "--save_dir", folder / "standard", *common)
+    for name in ("gaussian_noise", "fog"):
+        train(
+            *("--dataset", "cifar10-c", "--data", folder / "none", "--corruption", name),
+            *("--save_dir", folder / "robust" / name, *common),
+        )
+    return arch, folder
+
+
+def train(*argv):
+    return train_corruption.train(train_corruption.parse_args([str(a) for a in argv]))
+
+
+def patch(*argv):
+    return model_patching.run(model_patching.parse_args([str(a) for a in argv]))
+
+
+def patch_arguments(models, cifar, *more):
+    arch, folder = models
+    return (
+        *("--arch", arch, "--dataset", "cifar10", "--data", cifar, "--device", "cpu", "--no-amp"),
+        *("--corruption_model_root", folder / "robust", "--pretrained", folder / "pre.pth"),
+        *("--base_model", folder / "standard" / "model_SA_best.pth.tar", "--corruption", *more),
+    )
+
+
+# ---- training -------------------------------------------------------------------------------
+
+
+def test_training_writes_what_it_says(models):
+    arch, folder = models
+    standard = {p.name for p in (folder / "standard").iterdir()}
+    assert standard == {"checkpoint.pth.tar", "model_SA_best.pth.tar", "results.json"}
+    robust = folder / "robust" / "fog"
+    assert {p.name for p in robust.iterdir()} == standard | {"model_RA_best.pth.tar"}
+    checkpoint = torch.load(robust / "model_RA_best.pth.tar", weights_only=True)
+    assert {"state_dict", "epoch", "best_ra", "optimizer", "scheduler"} <= checkpoint.keys()
+    assert checkpoint["arch"] == arch and checkpoint["corruption"] == ["fog"]
+    assert "normalize.mean" in checkpoint["state_dict"]
+    result = json.loads((robust / "results.json").read_text())
+    assert set(result["RA"]) == {"fog"} and 0 <= result["TA"] <= 100
+    assert result["torch"] == torch.__version__ and len(result["history"]) == 1
+
+
+def test_same_seed_same_bits_and_resume(cifar, tmp_path):
+    base = ["--dataset", "cifar10", "--arch", "resnet18", "--data", cifar, "--corruption", "snow"]
+    base += ["--decreasing_lr", "1", "--batch_size", 16, "--device", "cpu", "--seed", 3]
+    train(*base, "--epochs", 2, "--save_dir", tmp_path / "a")
+    train(*base, "--epochs", 1, "--save_dir", tmp_path / "b", "--resume")
+    train(*base, "--epochs", 2, "--save_dir", tmp_path / "b", "--resume")
+    a, b = (
+        torch.load(tmp_path / x / "checkpoint.pth.tar", weights_only=True)["state_dict"]
+        for x in "ab"
+    )
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resampled_corruption_differs_between_epochs(cifar, tmp_path):
+    args = train_corruption.parse_args(
+        [
+            *("--dataset", "cifar10", "--data", str(cifar), "--save_dir", str(tmp_path)),
+            *("--corruption", "gaussian_noise", "fog", "--resample_corruption"),
+        ]
+    )
+    device = torch.device("cpu")
+    sets = train_corruption.load_data(args, device)
+    images = train_corruption.redraw(args, sets["clean train"], device)
+    assert not torch.equal(images(0), images(1)) and torch.equal(images(1), images(1))
+
+
+def test_several_corruptions_are_validated_separately(cifar, tmp_path):
+    result = train(
+        *("--dataset", "cifar10", "--arch", "vgg11", "--data", cifar, "--save_dir", tmp_path),
+        *("--corruption", "fog", "contrast", *QUICK),
+    )
+    assert set(result["RA"]) == {"fog", "contrast"}
+    assert set(result["history"][0]["val_corrupted"]) == {"fog", "contrast"}
+
+
+# ---- patching -------------------------------------------------------------------------------
+
+
+def test_patching_table_and_log(models, cifar, tmp_path, capsys):
+    log = tmp_path / "log.pt"
+    for name in ("gaussian_noise", "fog"):
+        result = patch(*patch_arguments(models, cifar, name, "--keep_num", 3, "--save_log", log))
+        assert [r["model"] for r in result["rows"]] == ["standard", "patched, keep_num 3", "robust"]
+        assert all(set(r["RA"]) == {name} for r in result["rows"])
+    printed = capsys.readouterr().out
+    assert "averages over 2 runs" in printed and "| standard" in printed
+    content = torch.load(log, weights_only=True)
+    assert set(content) == {"std", "patched"}
+    assert len(content["std"]["clean"]) == 2
+    assert set(content["patched"]["robust"]) == {"gaussian_noise", "fog"}
+    assert json.loads(Path(f"{log}.json").read_text())["rows"]
+
+
+def test_alpha_zero_is_the_standard_model(models, cifar, tmp_path):
+    saved = tmp_path / "patched.pth"
+    patch(
+        *patch_arguments(models, cifar, "fog", "--alpha", 0, "--keep_num", 2, "--save_model", saved)
+    )
+    _, folder = models
+    patched = torch.load(saved, weights_only=True)["state_dict"]
+    standard = torch.load(folder / "standard" / "model_SA_best.pth.tar", weights_only=True)
+    assert all(torch.equal(v, standard["state_dict"][k]) for k, v in patched.items())
+
+
+def test_sweeps_make_a_row_each(models, cifar):
+    rows = patch(*patch_arguments(models, cifar, "fog", "--keep_num", 1, 2, "--alpha", 0, 1))[
+        "rows"
+    ]
+    assert len(rows) == 6
+    assert rows[1]["TA"] == rows[0]["TA"] and rows[1]["RA"] == rows[0]["RA"]  # alpha 0
+
+
+def test_composition_quantization_and_all_corruptions(models, cifar):
+    both = patch_arguments(models, cifar, "fog", "gaussian_noise", "--keep_num", 3)
+    a = patch(*both, "--finetune_alpha", 0.5, 0.5, "--quantization", 256)
+    b = patch(*both, "--alpha", 1, "--quantization", 256)
+    assert a["rows"][1]["RA"] == b["rows"][1]["RA"]  # w_c = alpha / n
+    assert set(a["rows"][2]["RA"]) == {"fog", "gaussian_noise"}
+    every = patch(*patch_arguments(models, cifar, "fog", "--keep_num", 1, "--test_all_corruptions"))
+    assert len(every["rows"][0]["RA"]) == 19
+
+
+def test_published_corrupted_set_is_read(models, cifar, tmp_path):
+    for part, count in (("train", 10), ("test", 4)):
+        (tmp_path / part).mkdir()
+        black = np.zeros((10 * count, 32, 32, 3), np.uint8)
+        np.save(tmp_path / part / "fog.npy", black)
+        np.save(tmp_path / part / "labels.npy", np.repeat(np.arange(10), count))
+    result = patch(
+        *patch_arguments(models, cifar, "fog", "--keep_num", 1, "--corruption_data", tmp_path)
+    )
+    assert {r["RA"]["fog"] for r in result["rows"]} == {10.0}  # black images: one class for all
+
+
+def test_robust_folder_is_found_by_exact_name_first(models, tmp_path):
+    for name in ("gaussian_noise_and_blur", "gaussian_noise", "vgg_fog_sev5"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_RA_best.pth.tar").write_bytes(b"x")
+    found = model_patching.find_robust(tmp_path, "gaussian_noise")
+    assert found.parent.name == "gaussian_noise"
+    assert model_patching.find_robust(tmp_path, "fog").parent.name == "vgg_fog_sev5"
+
+
+# ---- what a user can get wrong --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "said"),
+    [
+        (train_corruption, ["--dataset", "cifar11", "--save_dir", "x"], "cifar10"),
+        (train_corruption, ["--corruption", "fogg", "--save_dir", "x"], "'fog'"),
+        (train_corruption, ["--dataset", "cifar10-c", "--save_dir", "x"], "--corruption"),
+        (train_corruption, ["--data", "nowhere", "--save_dir", "x"], "nowhere"),
+        (train_corruption, ["--save_dir", "x", "--severity", "6"], "--severity 6"),
+        (train_corruption, ["--save_dir", "x", "--lr", "fast"], "--lr"),
+        (train_corruption, ["--save_dir", "x", "--decreasing_lr", "a,b"], "20,40"),
+        (train_corruption, [], "--save_dir"),
+        (model_patching, ["--corruption", "fog"], "--base_model"),
+        (model_patching, ["--keep_num", "14"], "13 layers"),
+        (model_patching, ["--quantization", "1"], "1"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(script, argv, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if script is model_patching and "--corruption" not in argv:
+        argv = [*argv, "--corruption", "fog", "--base_model", "b", "--pretrained", "p"]
+        argv += ["--corruption_model_root", "r"]
+    with pytest.raises(SystemExit) as stopped:
+        script.main(argv)
+    stderr = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert re.fullmatch(r"error: .+\n", stderr) and said in stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_scripts_run_as_processes():
+    result = run("train_corruption", "--help")
+    assert result.returncode == 0 and "(default: 0.01)" in result.stdout
+    result = run("model_patching", "--corruption", "fogg")
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: .+'fog'.+\n", result.stderr), result.stderr
