@@ -5,6 +5,7 @@ Simonyan & Zisserman, "Very Deep Convolutional Networks", ICLR 2015; configurati
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -37,3 +38,27 @@ class VGG(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(self.normalize(x))
         return self.classifier(torch.flatten(self.avgpool(x), 1))
+
+
+def add_batchnorm(model: VGG, arch: str) -> None:
+    """Put a fresh batch norm behind every convolution of `model`, in place (keys change with it).
+
+    Without it a VGG hardly trains from random weights; `fold_batchnorm` takes it out again.
+    """
+    model.features = make_layers(cfgs[VGGS[arch]], batch_norm=True)
+
+
+@torch.no_grad()
+def fold_batchnorm(model: VGG, arch: str) -> None:
+    """Fold every batch norm into its convolution, in place: same outputs in eval mode, own keys.
+
+    w' = w · γ/√(var + ε),  b' = β + (b − mean) · γ/√(var + ε).
+    """
+    plain = make_layers(cfgs[VGGS[arch]], batch_norm=False).to(next(model.parameters()).device)
+    targets = (m for m in plain if isinstance(m, nn.Conv2d))
+    for conv, bn in itertools.pairwise(model.features):
+        if isinstance(bn, nn.BatchNorm2d):
+            target, gain = next(targets), bn.weight / (bn.running_var + bn.eps).sqrt()
+            target.weight.copy_(conv.weight * gain[:, None, None, None])
+            target.bias.copy_(bn.bias + (conv.bias - bn.running_mean) * gain)
+    model.features = plain

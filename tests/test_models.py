@@ -6,6 +6,7 @@ import torchvision
 
 from models import ARCHS, build_model, head_prefix
 from models.layers import carried_keys, depth_order, infer_arch, layer_keys
+from models.vgg import add_batchnorm, fold_batchnorm
 from utils.errors import InputError
 
 
@@ -87,3 +88,23 @@ def test_resnet_is_torchvisions():
 def test_unknown_architecture_names_the_nearest():
     with pytest.raises(InputError, match="resnet18"):
         build_model("resnet8", 10)
+
+
+def test_folding_batchnorm_changes_no_output():
+    torch.manual_seed(0)
+    model = build_model("vgg11", 4)
+    keys = list(model.state_dict())
+    add_batchnorm(model, "vgg11")
+    model.train()(torch.rand(8, 3, 32, 32))  # gives the running statistics values of their own
+    with torch.no_grad():
+        for module in model.features:
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_()
+    model.eval()
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+        fold_batchnorm(model, "vgg11")
+        torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
+    assert list(model.state_dict()) == keys

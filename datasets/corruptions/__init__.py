@@ -84,8 +84,9 @@ def corrupt_chunks(
     """
     _check(images, name, severity)
     seed = _base_seed(generator)
-    blocks = _blocks_per_chunk(images[:1].to(device))
-    step = BLOCK * blocks * torch.get_num_threads()  # on a CPU a chunk for every thread
+    first = images[:1].to(device)
+    side_by_side = torch.get_num_threads() if first.device.type == "cpu" else 1
+    step = BLOCK * _blocks_per_chunk(first) * side_by_side
     for start in range(0, len(images), step):
         part = images[start : start + step].to(device)
         rows = slice(start, start + len(part))
