@@ -403,7 +403,7 @@ def _projection_rows(
         times = take_turns(ways, device, args.windows, args.seconds)
         megabytes = [peak_bytes(way, device) / 1e6 for way in ways]
         rows.append(_times_row(f"project {key}, {n:,} values", *times, "n×n matrix"))
-        rows.append(_row("… peak memory", "MB", *megabytes, "n×n matrix"))
+        rows.append(_row(f"project {key}, peak memory", "MB", *megabytes, "n×n matrix"))
     return rows
 
 

@@ -1,11 +1,11 @@
 """Write corrupted copies of a data set in the published layouts, or preview them.
 
-    # what train_corruption.py --data reads: train/NAME.npy, test/NAME.npy, labels.npy in each
+    # rws, the layout of the RWS code: train/NAME.npy, test/NAME.npy, labels.npy in each
     python make_corruptions.py --dataset cifar10 --data data/cifar10 --out data/cifar10-c
-    # as CIFAR-10-C: NAME.npy, the test set at severities 1 to 5 one after the other
+    # cifar-c, as CIFAR-10-C: NAME.npy, the test set at severities 1 to 5 one after the other
     python make_corruptions.py --dataset cifar10 --data data/cifar10 --layout cifar-c \\
         --out data/CIFAR-10-C
-    # as Tiny-ImageNet-C: train/NAME/SEVERITY/CLASS/*.JPEG and val/…, quality 85
+    # folders, as Tiny-ImageNet-C: train/NAME/SEVERITY/CLASS/*.JPEG and val/…, quality 85
     python make_corruptions.py --dataset tinyimagenet --data data/tiny-imagenet-200 \\
         --layout folders --corruption fog snow --severity 5 --out data/tiny-imagenet-c
     # corruptions × severities on one sheet
@@ -91,7 +91,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=list(SPLIT_OF),
         help="parts of the data set; by itself train test, for --layout cifar-c test",
     )
-    parser.add_argument("--layout", choices=("rws", "cifar-c", "folders"), default="rws")
+    parser.add_argument(
+        "--layout", choices=("rws", "cifar-c", "folders"), default="rws", help="see above"
+    )
     parser.add_argument("--out", metavar="DIR", help="the folder to write to")
     parser.add_argument(
         "--overwrite",

@@ -9,7 +9,11 @@ layers, where RWS_c is θ_c − θ_pre with the direction of clean fine-tuning p
         --base_model runs/vgg16/standard/model_SA_best.pth.tar --pretrained vgg16_pretrained.pth
 
 Several corruptions are composed, w_c = alpha/n each, or --finetune_alpha for each its own.
-Several values of --keep_num or --alpha give a row of the table each.
+Several values of --keep_num or --alpha give a row of the table each. Signatures can be kept:
+
+    ... --quantization 16 --save_signature signatures        # signatures/gaussian_noise.rws, packed
+    python model_patching.py --dataset cifar10 --arch vgg16 --data data/cifar10 \\
+        --base_model standard.pth.tar --signature signatures/gaussian_noise.rws --alpha 0.5 1
 """
 
 from __future__ import annotations
@@ -101,7 +105,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--quantization_type", default="linear", choices=METHODS, help="spacing of the levels"
     )
 
+    signature.add_argument(
+        "--bn_float", action="store_true", help="keep the batch-norm tensors of a ResNet in float32"
+    )
+    signature.add_argument(
+        "--signature",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="patch from these .rws files; no --pretrained and no robust models are needed",
+    )
+
     output = parser.add_argument_group("output")
+    output.add_argument(
+        "--save_signature", metavar="DIR", help="write each signature to DIR/CORRUPTION.rws"
+    )
     output.add_argument(
         "--save_log",
         metavar="FILE",
@@ -122,28 +140,39 @@ def check(args: argparse.Namespace) -> None:
     arguments.check_at_least(args, seed=0)
     for keep_num in args.keep_num:
         layer_keys(args.arch, keep_num)
-    needed = {
-        "--base_model": args.base_model,
-        "--corruption_model_root": args.corruption_model_root,
-        "--pretrained": arguments.pretrained_source(args),
-    }
-    for flag, value in needed.items():
-        if value is None:
-            raise InputError(f"{flag} is needed to extract signatures")
-    if not args.corruption:
-        raise InputError("--corruption: name at least one")
+    if args.base_model is None:
+        raise InputError("--base_model is needed: the standard model")
+    if args.signature:
+        clash = {
+            "--corruption": args.corruption,
+            "--quantization": args.quantization,
+            "--save_signature": args.save_signature,
+        }
+        for flag, value in clash.items():
+            if value:
+                raise InputError(f"{flag} is for extracting; --signature brings it along")
+    else:
+        needed = {
+            "--corruption": args.corruption,
+            "--corruption_model_root": args.corruption_model_root,
+            "--pretrained": arguments.pretrained_source(args),
+        }
+        for flag, value in needed.items():
+            if not value:
+                raise InputError(f"{flag} is needed to extract signatures (or name --signature)")
     if args.quantization is not None:
         check_levels(args.quantization, args.quantization_type)
-    if args.finetune_alpha is not None and len(args.finetune_alpha) != len(args.corruption):
+    count = len(args.signature or args.corruption)
+    if args.finetune_alpha is not None and len(args.finetune_alpha) != count:
         raise InputError(
-            f"--finetune_alpha has {len(args.finetune_alpha)} values for "
-            f"{len(args.corruption)} corruptions; give one for each"
+            f"--finetune_alpha has {len(args.finetune_alpha)} values for {count} signatures; "
+            "give one for each"
         )
     strengths = args.finetune_alpha or args.alpha
     if not all(0 <= a < float("inf") for a in strengths):
         raise InputError("--alpha and --finetune_alpha: finite numbers from 0 on")
-    rows = len(args.keep_num) * len(weightings(args))
-    for flag in ("save_log", "save_model"):
+    rows = (1 if args.signature else len(args.keep_num)) * len(weightings(args, count))
+    for flag in ("save_log", "save_model", "save_signature"):
         if getattr(args, flag) and rows > 1:
             raise InputError(f"--{flag} takes one patch, but --keep_num and --alpha make {rows}")
 
@@ -159,7 +188,8 @@ class Study:
     device: torch.device
     amp: bool
     target: nn.Module
-    states: dict[str, dict[str, Tensor]]  # pretrained, standard, and each corruption's robust model
+    states: dict[str, dict[str, Tensor]]  # pretrained, standard, each corruption's robust model
+    signatures: list[RobustWeightSignature]  # read from files; else extracted from the states
     clean: ImageSet
     corrupted: dict[str, ImageSet]
 
@@ -198,13 +228,31 @@ def find_robust(root: str | Path, corruption: str) -> Path:
 
 
 def load_states(args: argparse.Namespace) -> dict[str, dict[str, Tensor]]:
-    """θ_pre, θ_std and every θ_c as float32 state dicts."""
-    source = arguments.pretrained_source(args)
-    states = {"pretrained": ckpt.pretrained_state_dict(source, args.arch)}
-    states["standard"] = ckpt.read_state_dict(args.base_model)
-    for name in args.corruption:
-        states[name] = ckpt.read_state_dict(find_robust(args.corruption_model_root, name))
+    """θ_pre, θ_std and every θ_c as float32 state dicts; with --signature only the θ_c given."""
+    states = {}
+    if not args.signature:
+        source = arguments.pretrained_source(args)
+        states["pretrained"] = ckpt.pretrained_state_dict(source, args.arch)
+        states["standard"] = ckpt.read_state_dict(args.base_model)
+    if args.corruption_model_root:
+        for name in args.corruption:
+            states[name] = ckpt.read_state_dict(find_robust(args.corruption_model_root, name))
     return states
+
+
+def load_signatures(args: argparse.Namespace) -> list[RobustWeightSignature]:
+    """The files of --signature; their corruptions become --corruption."""
+    signatures = [RobustWeightSignature.load(path) for path in args.signature]
+    for path, signature in zip(args.signature, signatures, strict=True):
+        if signature.arch != args.arch:
+            raise InputError(f"{path}: a signature of {signature.arch}, but --arch is {args.arch}")
+    if signatures:
+        names = [name for signature in signatures for name in signature.corruptions]
+        args.corruption = list(dict.fromkeys(names))
+        arguments.check_corruptions(args.corruption)
+        if not args.corruption:
+            raise InputError("--signature: the files do not say against which corruption they are")
+    return signatures
 
 
 def corrupted_part(args: argparse.Namespace, clean: ImageSet, name: str, split: str) -> ImageSet:
@@ -224,10 +272,12 @@ def load_study(args: argparse.Namespace) -> Study:
     """Read models and test images, and check that they fit each other."""
     device = choose_device(args.device)
     dataset = datasets.base_name(args.dataset)
+    signatures = load_signatures(args)
     states = load_states(args)
     clean = datasets.load(dataset, args.data, "test", args.image_size)
     path = args.patched_model or args.base_model
-    target_state = ckpt.read_state_dict(path)
+    checkpoint = ckpt.read(path)
+    target_state = ckpt.state_dict_of(checkpoint, path)
     constants = ([0.0] * 3, [1.0] * 3)
     if "normalize.mean" not in target_state:
         constants = normalization(
@@ -235,6 +285,7 @@ def load_study(args: argparse.Namespace) -> Study:
         )
     target = build_model(args.arch, len(clean.classes), *constants)
     ckpt.load_model_weights(target, args.arch, target_state, path)
+    target.pretrained_hash = checkpoint.get("pretrained_hash")
     measured = CORRUPTIONS if args.test_all_corruptions else args.corruption
     return Study(
         args=args,
@@ -242,6 +293,7 @@ def load_study(args: argparse.Namespace) -> Study:
         amp=use_amp(device, args.amp),
         target=to_device(target, device).eval(),
         states=states,
+        signatures=signatures,
         clean=clean,
         corrupted={c: corrupted_part(args, clean, c, "test") for c in measured},
     )
@@ -250,11 +302,11 @@ def load_study(args: argparse.Namespace) -> Study:
 # ---- signatures and patches -----------------------------------------------------------------
 
 
-def weightings(args: argparse.Namespace) -> list[list[float]]:
-    """The weights w_c of each row: --finetune_alpha, or for each --alpha a the same a/n."""
+def weightings(args: argparse.Namespace, n: int) -> list[list[float]]:
+    """The weights w_c of n signatures, for each row: --finetune_alpha, or for each --alpha a/n."""
     if args.finetune_alpha is not None:
         return [args.finetune_alpha]
-    return [[a / len(args.corruption)] * len(args.corruption) for a in args.alpha]
+    return [[a / n] * n for a in args.alpha]
 
 
 def extract(study: Study, keep_num: int) -> list[RobustWeightSignature]:
@@ -273,7 +325,9 @@ def extract(study: Study, keep_num: int) -> list[RobustWeightSignature]:
             dataset=datasets.base_name(args.dataset),
         )
         if args.quantization is not None:
-            signature = signature.quantize(args.quantization, args.quantization_type)
+            signature = signature.quantize(
+                args.quantization, args.quantization_type, bn_float=args.bn_float
+            )
         signatures.append(signature)
     return signatures
 
@@ -360,14 +414,13 @@ def update_log(path: Path, standard: dict, patched: dict) -> None:
 def upper_bound(study: Study) -> dict | None:
     """The row of the robust models, each on clean images and on its own corruption.
 
-    None where their classes are not the target's (a transfer to another data set).
+    None where they are not given, or their classes are not the target's (transfer).
     """
     model, own = study.target, study.args.corruption
     original = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    shapes = {key: tensor.shape for key, tensor in original.items()}
     for name in own:
-        theirs = study.states[name]
-        if any(key in theirs and theirs[key].shape != shape for key, shape in shapes.items()):
+        theirs = study.states.get(name)
+        if theirs is None or any(theirs.get(k, v).shape != v.shape for k, v in original.items()):
             return None
     accuracies, ras = [], {}
     for name in own:
@@ -394,10 +447,14 @@ def run(args: argparse.Namespace) -> dict:
         training = [corrupted_part(args, clean_train, name, "train") for name in own]
 
     rows = [standard]
-    for keep_num in args.keep_num:
-        signatures = extract(study, keep_num)
-        for weights in weightings(args):
-            title = f"patched, keep_num {keep_num}" + describe_weights(args, weights)
+    if study.signatures:
+        choices = [study.signatures]
+    else:
+        choices = [extract(study, keep_num) for keep_num in args.keep_num]
+    for signatures in choices:
+        for weights in weightings(args, len(signatures)):
+            kept = " ".join(str(k) for k in dict.fromkeys(s.keep_num for s in signatures))
+            title = f"patched, keep_num {kept}" + describe_weights(args, weights)
             with patched(study, signatures, weights, training) as model:
                 rows.append({"model": title, **study.measure(title)})
                 if args.save_model:
@@ -409,6 +466,11 @@ def run(args: argparse.Namespace) -> dict:
         for row in rows[1:-1]:
             row["recovered"] = recovered(standard["RA_mean"], row["RA_mean"], robust["RA_mean"])
     print(table(rows, own))
+    if args.save_signature:
+        print()
+        for name, signature in zip(own, choices[0], strict=True):
+            path = Path(args.save_signature) / f"{name}.rws"
+            print(f"{path}: {signature.save(path):,} bytes")
     result = {
         "rows": rows,
         "arguments": vars(args),
@@ -437,7 +499,7 @@ def save_model(study: Study, model: nn.Module) -> None:
         "arch": args.arch,
         "dataset": datasets.base_name(args.dataset),
         "patched": list(args.corruption),
-        "pretrained_hash": ckpt.backbone_hash(study.states["pretrained"]),
+        "pretrained_hash": study.target.pretrained_hash,
     }
     ckpt.save(content, args.save_model)
 
@@ -445,11 +507,12 @@ def save_model(study: Study, model: nn.Module) -> None:
 def print_header(study: Study) -> None:
     """Say what is about to be patched and measured."""
     args, clean = study.args, study.clean
+    weights = weightings(args, len(args.signature or args.corruption))
     facts = {
         "model": f"{args.arch}: {args.patched_model or args.base_model}",
-        "signatures": f"{' + '.join(args.corruption)}, "
-        f"keep_num {' '.join(map(str, args.keep_num))}",
-        "weights": "; ".join(" ".join(f"{w:g}" for w in ws) for ws in weightings(args)),
+        "signatures": " ".join(args.signature)
+        or f"{' + '.join(args.corruption)}, keep_num {' '.join(map(str, args.keep_num))}",
+        "weights": "; ".join(" ".join(f"{w:g}" for w in ws) for ws in weights),
         "test images": f"{len(clean):,} of {clean.name}, clean and corrupted at severity "
         f"{args.severity} ({', '.join(sorted({s.source for s in study.corrupted.values()}))})",
         **arguments.frost_note(study.corrupted, args.frost_dir),

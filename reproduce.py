@@ -29,7 +29,7 @@ from models.vgg import add_batchnorm, fold_batchnorm
 from utils import arguments, report
 from utils import checkpoint as ckpt
 from utils.atomic import replacing, write_text
-from utils.engine import choose_device, evaluate, to_device, train_epoch, use_amp
+from utils.engine import choose_device, to_device, train_epoch, use_amp
 from utils.errors import script_errors
 from utils.signature import RobustWeightSignature
 

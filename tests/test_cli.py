@@ -15,6 +15,7 @@ from PIL import Image
 import model_patching
 import train_corruption
 from models import build_model
+from utils.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--epochs", "1", "--batch_size", "16", "--device", "cpu", "--no-amp"]
@@ -179,6 +180,62 @@ def test_composition_quantization_and_all_corruptions(models, cifar):
     assert set(a["rows"][2]["RA"]) == {"fog", "gaussian_noise"}
     every = patch(*patch_arguments(models, cifar, "fog", "--keep_num", 1, "--test_all_corruptions"))
     assert len(every["rows"][0]["RA"]) == 19
+
+
+def test_patching_from_stored_signatures_alone(models, cifar, tmp_path):
+    names = ("fog", "gaussian_noise")
+    quantized = ("--keep_num", 2, "--quantization", 16, "--bn_float")
+    a = patch(
+        *patch_arguments(
+            models, cifar, *names, *quantized, "--save_signature", tmp_path, "--seed", 1
+        )
+    )
+    files = [tmp_path / f"{name}.rws" for name in names]
+    arch, folder = models
+    common = (
+        "--arch",
+        arch,
+        "--dataset",
+        "cifar10",
+        "--data",
+        cifar,
+        "--device",
+        "cpu",
+        "--no-amp",
+    )
+    base = ("--base_model", folder / "standard" / "model_SA_best.pth.tar", "--seed", 1)
+    b = patch(*common, *base, "--signature", *files)
+    assert a["rows"][1]["RA"] == b["rows"][1]["RA"] and a["rows"][1]["TA"] == b["rows"][1]["TA"]
+    assert [row["model"] for row in b["rows"]] == ["standard", "patched, keep_num 2"]
+    weighted = patch(*common, *base, "--signature", *files, "--finetune_alpha", 0, 1)
+    alone = patch(*common, *base, "--signature", files[1])
+    if arch == "vgg11":  # a ResNet's running statistics are re-estimated on both corruptions
+        ra = weighted["rows"][1]["RA"]["gaussian_noise"]
+        assert ra == alone["rows"][1]["RA"]["gaussian_noise"]
+    other = "vgg13" if arch == "vgg11" else "resnet34"
+    with pytest.raises(InputError, match=arch):
+        patch(*(other if x == arch else x for x in common), *base, "--signature", files[0])
+
+
+def test_transfer_to_another_data_set_and_a_later_backbone(models, cifar, tmp_path):
+    arch, folder = models
+    few = tmp_path / "few"
+    for split in ("train", "test"):
+        for name in "abcd":
+            target = few / split / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(cifar / split / name)
+    train(
+        *("--dataset", "folder", "--arch", arch, "--data", few, "--lr", 0.005, *QUICK),
+        *("--pretrained", folder / "pre.pth", "--save_dir", tmp_path / "b"),
+    )
+    later = ("--patched_model", tmp_path / "b" / "model_SA_best.pth.tar", "--keep_num", 2)
+    arguments = [str(a) for a in patch_arguments(models, cifar, "fog", *later)]
+    arguments[arguments.index("cifar10")] = "folder"
+    arguments[arguments.index(str(cifar))] = str(few)
+    rows = patch(*arguments)["rows"]
+    # the robust model has ten classes, the target four: no upper bound to show
+    assert [row["model"] for row in rows] == ["standard", "patched, keep_num 2"]
 
 
 def test_published_corrupted_set_is_read(models, cifar, tmp_path):
