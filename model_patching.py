@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -192,6 +192,14 @@ class Study:
     signatures: list[RobustWeightSignature]  # read from files; else extracted from the states
     clean: ImageSet
     corrupted: dict[str, ImageSet]
+    training: dict[str, ImageSet] = field(default_factory=dict)  # filled by training_images
+
+    def training_images(self, name: str) -> ImageSet:
+        """The training images under corruption `name`, for the statistics of batch norm."""
+        if name not in self.training:
+            clean = datasets.load(self.clean.name, self.args.data, "train", self.args.image_size)
+            self.training[name] = corrupted_part(self.args, clean, name, "train")
+        return self.training[name]
 
     def measure(self, title: str, names: Sequence[str] | None = None) -> dict:
         """TA of the target as it is now, and RA on the corruptions `names` (default: all here)."""
@@ -334,29 +342,26 @@ def extract(study: Study, keep_num: int) -> list[RobustWeightSignature]:
 
 @contextlib.contextmanager
 def patched(
-    study: Study,
-    signatures: Sequence[RobustWeightSignature],
-    weights: Sequence[float],
-    corrupted_training: Sequence[ImageSet] = (),
+    study: Study, signatures: Sequence[RobustWeightSignature], weights: Sequence[float]
 ) -> Iterator[nn.Module]:
     """The target with Σ_c w_c · RWS_c on it; the intact target again afterwards.
 
-    `corrupted_training`: for a model with batch norm, the training images of each corruption from
-    which running statistics are re-estimated.
+    For a model with batch norm the running statistics are re-estimated on the training images
+    under the signatures' corruptions.
     """
     total = sum(s.scale(w) for s, w in zip(signatures, weights, strict=True))
     with patch(study.target, total):
-        if corrupted_training:
+        if has_batchnorm(study.target) and sum(weights) > 0:
             loaders = [
                 BatchLoader(
-                    images,
+                    study.training_images(name),
                     BN_BATCH,
-                    augment=augmentation_for(images.name),
+                    augment=augmentation_for(study.clean.name),
                     device=study.device,
                     shuffle=True,
                     seed=study.args.seed,
                 )
-                for images in corrupted_training
+                for name in dict.fromkeys(total.corruptions)
             ]
             reestimate(study.target, loaders, min(1.0, sum(weights)), amp=study.amp)
         yield study.target
@@ -441,11 +446,6 @@ def run(args: argparse.Namespace) -> dict:
 
     robust = upper_bound(study)
 
-    training = []
-    if has_batchnorm(study.target):
-        clean_train = datasets.load(args.dataset, args.data, "train", args.image_size)
-        training = [corrupted_part(args, clean_train, name, "train") for name in own]
-
     rows = [standard]
     if study.signatures:
         choices = [study.signatures]
@@ -455,7 +455,7 @@ def run(args: argparse.Namespace) -> dict:
         for weights in weightings(args, len(signatures)):
             kept = " ".join(str(k) for k in dict.fromkeys(s.keep_num for s in signatures))
             title = f"patched, keep_num {kept}" + describe_weights(args, weights)
-            with patched(study, signatures, weights, training) as model:
+            with patched(study, signatures, weights) as model:
                 rows.append({"model": title, **study.measure(title)})
                 if args.save_model:
                     save_model(study, model)
