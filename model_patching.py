@@ -416,19 +416,19 @@ def update_log(path: Path, standard: dict, patched: dict) -> None:
         )
 
 
-def upper_bound(study: Study) -> dict | None:
-    """The row of the robust models, each on clean images and on its own corruption.
+def upper_bound(study: Study, names: Sequence[str]) -> dict | None:
+    """The row of the robust models `names`, each on clean images and on its own corruption.
 
     None where they are not given, or their classes are not the target's (transfer).
     """
-    model, own = study.target, study.args.corruption
+    model = study.target
     original = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    for name in own:
+    for name in names:
         theirs = study.states.get(name)
         if theirs is None or any(theirs.get(k, v).shape != v.shape for k, v in original.items()):
             return None
     accuracies, ras = [], {}
-    for name in own:
+    for name in names:
         ckpt.load_model_weights(model, study.args.arch, study.states[name], name)
         result = study.measure(f"robust to {name}", [name])
         accuracies.append(result["TA"])
@@ -444,7 +444,7 @@ def run(args: argparse.Namespace) -> dict:
     own = args.corruption
     standard = {"model": "standard", **study.measure("standard")}
 
-    robust = upper_bound(study)
+    robust = upper_bound(study, own)
 
     rows = [standard]
     if study.signatures:

@@ -1,7 +1,15 @@
 """One command per experiment of the paper.
 
-    python reproduce.py demo        the main job on the embedded data set, a few minutes on a CPU
+    python reproduce.py demo        the main job on the embedded data set, minutes on a CPU
+    python reproduce.py keep-num --dataset cifar10 --data data/cifar10 --arch vgg16 \\
+        --pretrained vgg16.pth --corruptions gaussian_noise motion_blur --preset quick
+    python reproduce.py quantization ...
 
+Checkpoints go to --runs, by what determines them, and are reused; a killed run goes on from its
+last epoch. Results (table.md, results.json, figures) go to --out.
+
+keep-num: accuracy of the patched model over the number of layers kept (paper, section 5.3).
+quantization: accuracy over the bytes of a signature, bits × layers kept (section 5.4).
 demo: pretrain a small VGG on twenty classes of the synthetic set; fine-tune it on ten others,
 clean (standard model) and under two corruptions (robust models); take the Robust Weight Signature
 of each, patch the standard model with it, and compare. Ends in a table and a figure.
@@ -10,34 +18,44 @@ of each, patch the standard model with it, and compare. Ends in a table and a fi
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
 import torch
 
+import datasets
 import model_patching
 import train_corruption
 from datasets import synthetic
 from datasets.corrupted import corrupted_set
+from datasets.corruptions import CORRUPTIONS
 from datasets.images import ImageSet
 from datasets.loader import BatchLoader, augmentation_for
 from datasets.normalization import normalization
-from models import build_model
+from models import ARCHS, build_model
+from models.layers import depth_order, layer_keys
 from models.vgg import add_batchnorm, fold_batchnorm
 from utils import arguments, report
 from utils import checkpoint as ckpt
 from utils.atomic import replacing, write_text
 from utils.engine import choose_device, to_device, train_epoch, use_amp
 from utils.errors import script_errors
+from utils.quantize import METHODS, check_levels
 from utils.signature import RobustWeightSignature
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 # Readable in grey print and by colour-blind readers (Okabe & Ito).
 GREY, BLUE, ORANGE = "#999999", "#0072B2", "#E69F00"
+COLOURS = [  # and markers, for one curve each
+    *(("#000000", "*"), (BLUE, "o"), (ORANGE, "s"), ("#009E73", "^"), ("#CC79A7", "D")),
+    *(("#D55E00", "v"), ("#56B4E9", "P"), ("#F0E442", "X")),
+]
 
 
 def pretrain(
@@ -80,7 +98,7 @@ def demo(args: argparse.Namespace) -> None:
     """The paper's main job on the synthetic data set (section 5.2 in miniature)."""
     start = time.perf_counter()
     device = choose_device(args.device)
-    runs, out = Path(args.runs) / "demo", Path(args.out or "results/demo")
+    runs, out = Path(args.runs) / "demo", Path(args.out)
     pretrained, root = runs / "pretrained.pth.tar", runs / "robust"
     common = ["--dataset", "synthetic", "--arch", DEMO_ARCH, "--device", args.device]
 
@@ -193,23 +211,339 @@ def demo_figure(rows: Sequence[dict], path: Path) -> None:
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
         axis.set_xticks([])
         axis.set_yticks([])
+    save_figure(figure, path)
+
+
+# ---- experiments over one study ---------------------------------------------------------------
+
+# epochs, epochs after which lr × 0.1
+PRESETS = {"paper": (50, "20,40"), "quick": (3, "2"), "smoke": (1, "1")}
+
+
+def train_models(args: argparse.Namespace, seed: int) -> Path:
+    """θ_std and every θ_c of a seed, trained unless they are there; gives their folder."""
+    epochs, decreasing_lr = PRESETS[args.preset]
+    folder = Path(args.runs) / f"{args.dataset}_{args.arch}_{args.preset}" / f"seed{seed}"
+    common = [*dataset_flags(args), "--epochs", str(epochs), "--decreasing_lr", decreasing_lr]
+    common += ["--seed", str(seed), "--severity", str(args.severity)]
+    if args.pretrained:
+        common += ["--pretrained", args.pretrained]
+    for name in (None, *args.corruptions):
+        save_dir = folder / ("standard" if name is None else f"robust/{name}")
+        if args.force or not (save_dir / "results.json").exists():
+            flags = ["--save_dir", str(save_dir)] + ([] if args.force else ["--resume"])
+            finetune([*common, *flags, *(["--corruption", name] if name else [])])
+    return folder
+
+
+def dataset_flags(args: argparse.Namespace) -> list[str]:
+    """The flags of data, architecture and device that every script shares."""
+    flags = ["--dataset", args.dataset, "--arch", args.arch, "--device", args.device]
+    for name in ("data", "image_size", "frost_dir"):
+        if getattr(args, name) is not None:
+            flags += [f"--{name}", str(getattr(args, name))]
+    return flags
+
+
+def load_study(args: argparse.Namespace, seed: int) -> model_patching.Study:
+    """The models of a seed and the test images, ready to patch and measure."""
+    folder = train_models(args, seed)
+    flags = [*dataset_flags(args), "--severity", str(args.severity), "--seed", str(seed)]
+    flags += ["--base_model", str(folder / "standard" / ckpt.BEST_SA)]
+    flags += ["--corruption_model_root", str(folder / "robust"), "--keep_num", "1"]
+    flags += ["--pretrained", *([args.pretrained] if args.pretrained else [])]
+    flags += ["--corruption", *args.corruptions]
+    return model_patching.load_study(model_patching.parse_args(flags))
+
+
+def measure_bounds(study: model_patching.Study) -> dict[str, dict]:
+    """Per corruption: TA and RA of the standard and of its robust model, in percent."""
+    standard = study.measure("standard")
+    rows = {}
+    for name in study.args.corruption:
+        robust = model_patching.upper_bound(study, [name])
+        rows[name] = {
+            "standard": {"TA": standard["TA"], "RA": standard["RA"][name]},
+            "robust": {"TA": robust["TA"], "RA": robust["RA"][name]},
+        }
+    return rows
+
+
+def measure_patch(
+    study: model_patching.Study, signature: RobustWeightSignature, name: str, title: str
+) -> dict[str, float]:
+    """TA, and RA on corruption `name`, of the standard model with `signature` on it, in percent."""
+    with model_patching.patched(study, [signature], [1.0]):
+        result = study.measure(title, [name])
+    return {"TA": result["TA"], "RA": result["RA"][name]}
+
+
+def keep_num(args: argparse.Namespace) -> None:
+    """TA and RA over the number of shallow layers kept, one patch per corruption (section 5.3)."""
+    results = []
+    for seed in args.seeds:
+        study = load_study(args, seed)
+        bounds = measure_bounds(study)
+        for k in args.keep_nums or range(1, len(depth_order(args.arch)) + 1):
+            signatures = model_patching.extract(study, k)
+            for name, signature in zip(args.corruptions, signatures, strict=True):
+                patched = measure_patch(study, signature, name, f"keep_num {k}, {name}")
+                results.append(
+                    {"corruption": name, "keep_num": k, "seed": seed}
+                    | {"patched": patched, **bounds[name]}
+                )
+                save_partial(args, results)
+    columns = ["model", *(f"{m} {c}" for c in args.corruptions for m in ("TA", "RA"))]
+    columns += ["recovered, %"]
+    ks = list(dict.fromkeys(row["keep_num"] for row in results))
+    lines = [bound_line(args, results, "standard")]
+    for k in ks:
+        rows = [row for row in results if row["keep_num"] == k]
+        shares = [
+            model_patching.recovered(*(row[m]["RA"] for m in ("standard", "patched", "robust")))
+            for row in rows
+        ]
+        line = bound_line(args, rows, "patched")
+        lines.append([f"patched, keep_num {k}", *line[1:-1], spread(shares)])
+    lines.append(bound_line(args, results, "robust"))
+    finish(args, columns, lines, results)
+    keep_num_figure(args, results, Path(args.out) / "keep_num.png")
+
+
+def bound_line(args: argparse.Namespace, results: Sequence[dict], kind: str) -> list:
+    """TA and RA of the standard, patched or robust models in `results`, per corruption."""
+    line = [kind]
+    for name in args.corruptions:
+        for measure in ("TA", "RA"):
+            rows = {row["seed"]: row[kind][measure] for row in results if row["corruption"] == name}
+            line.append(spread(rows.values()))
+    return [*line, None]
+
+
+def spread(values: Iterable[float | None]) -> str | None:
+    """Mean of the values, with ± standard deviation where there are several; None where none is."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return None
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def keep_num_figure(args: argparse.Namespace, results: Sequence[dict], path: Path) -> None:
+    """One panel per corruption: RA and TA over keep_num between standard and robust model."""
+    figure, axes = plt.subplots(
+        1,
+        len(args.corruptions),
+        figsize=(4 * len(args.corruptions), 3.4),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, name in zip(axes[0], args.corruptions, strict=True):
+        rows = [row for row in results if row["corruption"] == name]
+        ks = sorted({row["keep_num"] for row in rows})
+
+        def mean(kind: str, measure: str, k: int, rows: Sequence[dict] = rows) -> float:
+            return report.mean(row[kind][measure] for row in rows if row["keep_num"] == k)
+
+        for measure, colour, marker in (("RA", BLUE, "o"), ("TA", ORANGE, "s")):
+            axis.plot(
+                ks,
+                [mean("patched", measure, k) for k in ks],
+                color=colour,
+                marker=marker,
+                label=f"patched, {measure}",
+            )
+            for kind, style in (("standard", ":"), ("robust", "--")):
+                level = mean(kind, measure, ks[0])
+                axis.axhline(level, color=colour, linestyle=style, linewidth=1)
+                axis.annotate(
+                    f"{kind} {measure}",
+                    (ks[-1], level),
+                    fontsize=7,
+                    color=colour,
+                    ha="right",
+                    va="bottom",
+                )
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("keep_num (shallowest layers patched)")
+        axis.set_xticks(ks)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("test accuracy, %")
+    axes[0][0].legend(fontsize=8, frameon=False, loc="lower right")
+    save_figure(figure, path)
+
+
+def quantization(args: argparse.Namespace) -> None:
+    """RA and TA over the bytes on disk of a signature: bits × layers kept (section 5.4)."""
+    results = []
+    for seed in args.seeds:
+        study = load_study(args, seed)
+        bounds = measure_bounds(study)
+        for k in args.keep_nums or range(1, len(depth_order(args.arch)) + 1):
+            for name, signature in zip(
+                args.corruptions, model_patching.extract(study, k), strict=True
+            ):
+                for bits in (None, *args.bits):
+                    form = (
+                        signature.quantize(2**bits, args.quantization_type) if bits else signature
+                    )
+                    size = form.save(Path(args.runs) / "size.rws")
+                    title = f"{name}, keep_num {k}, {bits or 32} bits"
+                    results.append(
+                        {"corruption": name, "keep_num": k, "bits": bits or 32, "bytes": size}
+                        | {"seed": seed, "patched": measure_patch(study, form, name, title)}
+                        | bounds[name]
+                    )
+                    save_partial(args, results)
+    full = sum(4 * t.numel() for t in study.states["standard"].values())
+    columns = ["signature", "bytes", "of a full copy"]
+    columns += [f"{m} {c}" for c in args.corruptions for m in ("TA", "RA")]
+    lines = [
+        ["full robust copy, fp32", f"{full:,}", "1", *bound_line(args, results, "robust")[1:-1]]
+    ]
+    for k, bits in dict.fromkeys((row["keep_num"], row["bits"]) for row in results):
+        rows = [row for row in results if (row["keep_num"], row["bits"]) == (k, bits)]
+        size = round(report.mean(row["bytes"] for row in rows))
+        form = "fp32" if bits == 32 else f"{bits} bits"
+        line = bound_line(args, rows, "patched")[1:-1]
+        lines.append([f"keep_num {k}, {form}", f"{size:,}", f"1/{full / size:,.0f}", *line])
+    lines.append(["none (standard)", "0", None, *bound_line(args, results, "standard")[1:-1]])
+    finish(args, columns, lines, results)
+    storage_figure(args, results, full, Path(args.out) / "storage.png")
+
+
+def storage_figure(
+    args: argparse.Namespace, results: Sequence[dict], full: int, path: Path
+) -> None:
+    """RA over bytes on disk, a curve per number of bits along keep_num, and their frontier."""
+    figure, axes = plt.subplots(
+        1,
+        len(args.corruptions),
+        figsize=(4.4 * len(args.corruptions), 3.6),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    styles = dict(zip((32, *args.bits), COLOURS, strict=False))
+    for axis, name in zip(axes[0], args.corruptions, strict=True):
+        rows = [row for row in results if row["corruption"] == name]
+        for bits, (colour, marker) in styles.items():
+            points = sorted(
+                (row["bytes"], row["patched"]["RA"]) for row in rows if row["bits"] == bits
+            )
+            axis.plot(
+                *zip(*points, strict=True),
+                color=colour,
+                marker=marker,
+                markersize=4,
+                linewidth=1,
+                label="float32" if bits == 32 else f"{bits} bits",
+            )
+        best, frontier = 0.0, []
+        for size, ra in sorted((row["bytes"], row["patched"]["RA"]) for row in rows):
+            if ra > best:
+                best = ra
+                frontier.append((size, ra))
+        axis.step(
+            *zip(*frontier, strict=True),
+            where="post",
+            color="black",
+            linewidth=0.8,
+            linestyle=":",
+            label="best at most so many bytes",
+        )
+        axis.scatter([full], [rows[0]["robust"]["RA"]], marker="*", s=80, color="black", zorder=3)
+        axis.annotate(
+            "full copy", (full, rows[0]["robust"]["RA"]), fontsize=7, ha="right", va="top"
+        )
+        axis.axhline(rows[0]["standard"]["RA"], color=GREY, linestyle="--", linewidth=1)
+        axis.annotate("standard model", (1e3, rows[0]["standard"]["RA"]), fontsize=7, va="bottom")
+        axis.set_xscale("log")
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("bytes on disk per corruption")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("RA, %")
+    axes[0][0].legend(fontsize=7, frameon=False)
+    save_figure(figure, path)
+
+
+# ---- results ----------------------------------------------------------------------------------
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically, and forget it."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
     plt.close(figure)
 
 
-EXPERIMENTS = {"demo": demo}
+def save_partial(args: argparse.Namespace, results: Sequence[dict]) -> None:
+    """Keep what has been measured so far in results.json."""
+    report.write_json(
+        Path(args.out) / "results.json",
+        {"rows": results, "arguments": vars(args), **report.provenance(choose_device(args.device))},
+    )
+
+
+def finish(
+    args: argparse.Namespace, columns: Sequence[str], lines: Sequence[Sequence], results: list[dict]
+) -> None:
+    """Print the table and write it with all rows and their provenance."""
+    table = report.markdown_table(columns, lines)
+    print(f"\n{table}\n\n{args.out}")
+    write_text(Path(args.out) / "table.md", table + "\n")
+    save_partial(args, results)
+
+
+EXPERIMENTS = {"demo": demo, "keep-num": keep_num, "quantization": quantization}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The settings of one run; `argv` as on the command line (default: sys.argv)."""
     parser = arguments.Parser(__doc__)
     parser.add_argument("experiment", choices=EXPERIMENTS, help="what to reproduce")
+    arguments.add_dataset(parser)
+    parser.add_argument("--data", metavar="DIR", help="the clean data set")
+    arguments.add_corruption(parser)
+    parser.add_argument(
+        "--corruptions", nargs="+", default=["all"], metavar="NAME", help="all, or these"
+    )
+    parser.add_argument("--arch", default="vgg16", choices=ARCHS, help="architecture")
+    parser.add_argument("--pretrained", metavar="FILE", help="θ_pre (default: ImageNet weights)")
+    parser.add_argument(
+        "--preset",
+        default="paper",
+        choices=PRESETS,
+        help="epochs of fine-tuning: " + ", ".join(f"{k} {v[0]}" for k, v in PRESETS.items()),
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one study for each")
+    parser.add_argument(
+        "--keep_nums", type=int, nargs="+", metavar="K", help="layers kept (default: every number)"
+    )
+    parser.add_argument(
+        "--bits", type=int, nargs="+", default=[8, 6, 4, 3, 2], help="of quantized signatures"
+    )
+    parser.add_argument(
+        "--quantization_type", default="linear", choices=METHODS, help="spacing of the levels"
+    )
     parser.add_argument("--out", metavar="DIR", help="results; by default results/EXPERIMENT")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="checkpoints; reused")
     parser.add_argument("--force", action="store_true", help="train again what is there")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.out = args.out or f"results/{args.experiment}"
+    args.dataset = datasets.base_name(args.dataset)
+    if args.corruptions == ["all"]:
+        args.corruptions = list(CORRUPTIONS)
+    arguments.check_corruptions(args.corruptions)
+    arguments.check_severity(args.severity)
+    for k in args.keep_nums or ():
+        layer_keys(args.arch, k)
+    for bits in args.bits:
+        check_levels(2**bits if 0 < bits <= 16 else 0, args.quantization_type)
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
