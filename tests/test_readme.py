@@ -1,0 +1,54 @@
+"""The README's Python example and commands are what the code takes."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import make_corruptions
+import model_patching
+import train_corruption
+from models import build_model
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    state = build_model("vgg11", 10).state_dict()
+    for name in ("pretrained", "standard", "robust_fog", "robust_snow"):
+        state = {k: v + 0.01 * torch.randn_like(v) for k, v in state.items()}
+        torch.save(state, f"{name}.pth")
+    model = build_model("vgg11", 10)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    (example,) = re.findall(r"```python\n(.+?)```", README, flags=re.DOTALL)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 12
+    snow = "snow = RobustWeightSignature.extract(" + ", ".join(
+        ['"pretrained.pth"', '"standard.pth"', '"robust_snow.pth"', "keep_num=5)"]
+    )
+    seen = []
+    names = {"model": model, "evaluate": lambda m: seen.append(m.features[0].weight.clone())}
+    exec(example.replace("\nboth =", f"\n{snow}\nboth ="), names)
+    assert not torch.equal(seen[0], before["features.0.weight"])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def commands():
+    blocks = re.findall(r"```bash\n(.+?)```", README, flags=re.DOTALL)
+    blocks += re.findall(r"(?:^    python .+\n(?:        .+\n)*)+", README, flags=re.MULTILINE)
+    text = re.sub(r"\\\n\s*", "", "\n".join(blocks))
+    return [line.strip() for line in text.splitlines() if line.strip().startswith("python ")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_parse(command):
+    _, script, *argv = shlex.split(command)
+    scripts = {m.__name__: m for m in (train_corruption, model_patching, make_corruptions)}
+    scripts[Path(script).stem].parse_args(argv)
+
+
+def test_there_are_commands():
+    assert len(commands()) == 10
