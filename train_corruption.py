@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import datasets
+from datasets import cache
 from datasets.corrupted import corrupted_set, mixed_training_set
 from datasets.images import ImageSet, fingerprint, stable_seed
 from datasets.loader import BatchLoader, augmentation_for
@@ -32,6 +33,7 @@ from datasets.normalization import normalization
 from models import ARCHS, build_model
 from utils import arguments, report
 from utils import checkpoint as ckpt
+from utils.atomic import check_writable
 from utils.engine import choose_device, evaluate, to_device, train_epoch, use_amp
 from utils.errors import InputError, script_errors
 
@@ -82,6 +84,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--seed", type=int, default=0, help="of head, order, augmentation and corruption draws"
     )
 
+    data.add_argument(
+        "--workers", type=int, metavar="N", help="threads that decode images (default: all cores)"
+    )
     parser.add_argument("--save_dir", required=True, metavar="DIR", help="for the checkpoints")
     parser.add_argument(
         "--resume",
@@ -114,6 +119,8 @@ def check(args: argparse.Namespace) -> None:
     arguments.check_at_least(
         args, batch_size=1, epochs=1, print_freq=1, lr=0, momentum=0, weight_decay=0, seed=0
     )
+    if args.workers is not None:
+        arguments.check_at_least(args, workers=1)
     arguments.pretrained_source(args)
     milestones(args.decreasing_lr)
 
@@ -135,6 +142,7 @@ def load_data(args: argparse.Namespace, device: torch.device) -> dict[str, Image
     """ "train" (corrupted for a robust model), the clean "val" and "test", and a "val NAME" and
     "test NAME" for each corruption NAME, all sharing one split."""
     dataset = datasets.base_name(args.dataset)
+    cache.WORKERS = args.workers
     root = args.std_data or args.data
     parts = ("train", "val", "test")
     sets = {part: datasets.load(dataset, root, part, args.image_size) for part in parts}
@@ -198,6 +206,7 @@ def train(args: argparse.Namespace) -> dict:
     amp = use_amp(device, args.amp)
     torch.manual_seed(args.seed)
     folder = Path(args.save_dir)
+    check_writable(folder)
     sets = load_data(args, device)
     model, pretrained_hash = start_model(args, sets["train"])
     print_header(args, sets, pretrained_hash, device, amp)

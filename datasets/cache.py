@@ -27,6 +27,7 @@ from tqdm import tqdm
 from utils.atomic import replacing
 from utils.errors import InputError
 
+WORKERS: int | None = None  # threads that decode images; None: one per core, at most 16
 # Part of every fingerprint: raise it when decoding or resizing changes.
 FORMAT = 1
 # No training image comes near; a file that claims more is a decompression bomb or a mistake.
@@ -187,7 +188,7 @@ def _decoded(
             pixels[i] = image
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
-    workers = min(16, os.cpu_count() or 1)
+    workers = WORKERS or min(16, os.cpu_count() or 1)
     starts = iter(range(0, len(files), _PIECE))
     with (
         ThreadPoolExecutor(workers) as pool,

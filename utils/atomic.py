@@ -42,6 +42,20 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     _fsync_folder(path.parent)
 
 
+def check_writable(folder: str | os.PathLike) -> None:
+    """Raise InputError unless files can be made in `folder`, which may not exist yet.
+
+    Leaves nothing behind; for asking before hours of work instead of after.
+    """
+    folder = Path(folder).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write `text` (UTF-8) to `path` atomically."""
     with replacing(path) as temporary:
