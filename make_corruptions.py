@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import datasets
 from datasets.cache import list_images
-from datasets.corrupted import SEVERITIES, copy_names, draws_of, generate_chunks
+from datasets.corrupted import RECORDS, SEVERITIES, copy_names, draws_of, generate_chunks
 from datasets.corruptions import CORRUPTIONS, corrupt
 from datasets.corruptions.frost_texture import PHOTOGRAPHS
 from datasets.images import ImageSet, fingerprint, stable_seed
@@ -55,7 +55,6 @@ ALL_SEVERITIES = list(range(1, SEVERITIES + 1))
 # The split that each part holds, and the folder that the RWS code reads its images from.
 SPLIT_OF = {"train": "all", "test": "test"}
 FOLDER_OF = {"train": "train", "test": "val"}
-RECORDS = ".made"
 JPEG = {"format": "JPEG", "quality": 85, "optimize": True}
 CELL = 128  # pixels of a picture on the sheet, about
 

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,9 +35,10 @@ from datasets.images import ImageSet, fingerprint
 from datasets.loader import BatchLoader, augmentation_for
 from datasets.normalization import normalization
 from models import ARCHS, build_model
-from models.layers import layer_keys
+from models.layers import depth_order, layer_keys
 from utils import arguments, report
 from utils import checkpoint as ckpt
+from utils.atomic import check_writable
 from utils.batchnorm import has_batchnorm, reestimate
 from utils.engine import choose_device, evaluate, to_device, use_amp
 from utils.errors import InputError, script_errors
@@ -81,7 +83,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     signature = parser.add_argument_group("signature")
     signature.add_argument(
-        "--keep_num", type=int, nargs="+", default=[7], metavar="K", help="shallowest layers kept"
+        "--keep_num",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="shallowest layers kept (default: 7)",
     )
     signature.add_argument(
         "--alpha",
@@ -137,8 +143,9 @@ def check(args: argparse.Namespace) -> None:
     datasets.base_name(args.dataset)
     arguments.check_corruptions(args.corruption)
     arguments.check_severity(args.severity)
-    arguments.check_at_least(args, seed=0)
-    for keep_num in args.keep_num:
+    arguments.check_seed(args.seed)
+    arguments.check_frost(args.frost_dir)
+    for keep_num in args.keep_num or ():
         layer_keys(args.arch, keep_num)
     if args.base_model is None:
         raise InputError("--base_model is needed: the standard model")
@@ -146,7 +153,9 @@ def check(args: argparse.Namespace) -> None:
         clash = {
             "--corruption": args.corruption,
             "--quantization": args.quantization,
+            "--bn_float": args.bn_float,
             "--save_signature": args.save_signature,
+            "--keep_num": args.keep_num,
         }
         for flag, value in clash.items():
             if value:
@@ -160,6 +169,9 @@ def check(args: argparse.Namespace) -> None:
         for flag, value in needed.items():
             if not value:
                 raise InputError(f"{flag} is needed to extract signatures (or name --signature)")
+        args.keep_num = args.keep_num or [min(7, len(depth_order(args.arch)))]
+        if args.bn_float and args.quantization is None:
+            raise InputError("--bn_float says what --quantization leaves alone; give both")
     if args.quantization is not None:
         check_levels(args.quantization, args.quantization_type)
     count = len(args.signature or args.corruption)
@@ -175,6 +187,13 @@ def check(args: argparse.Namespace) -> None:
     for flag in ("save_log", "save_model", "save_signature"):
         if getattr(args, flag) and rows > 1:
             raise InputError(f"--{flag} takes one patch, but --keep_num and --alpha make {rows}")
+    if args.save_log:
+        check_writable(Path(args.save_log).parent)
+        read_log(Path(args.save_log))
+    if args.save_model:
+        check_writable(Path(args.save_model).parent)
+    if args.save_signature:
+        check_writable(args.save_signature)
 
 
 # ---- what is read ---------------------------------------------------------------------------
@@ -192,14 +211,15 @@ class Study:
     signatures: list[RobustWeightSignature]  # read from files; else extracted from the states
     clean: ImageSet
     corrupted: dict[str, ImageSet]
-    training: dict[str, ImageSet] = field(default_factory=dict)  # filled by training_images
+    severities: dict[str, int]  # that each corruption's robust model was trained at
+    clean_train: ImageSet | None = None
 
     def training_images(self, name: str) -> ImageSet:
         """The training images under corruption `name`, for the statistics of batch norm."""
-        if name not in self.training:
-            clean = datasets.load(self.clean.name, self.args.data, "train", self.args.image_size)
-            self.training[name] = corrupted_part(self.args, clean, name, "train")
-        return self.training[name]
+        if self.clean_train is None:
+            root, size = self.args.data, self.args.image_size
+            self.clean_train = datasets.load(self.clean.name, root, "train", size)
+        return corrupted_part(self.args, self.clean_train, name, "train", self.severities[name])
 
     def measure(self, title: str, names: Sequence[str] | None = None) -> dict:
         """TA of the target as it is now, and RA on the corruptions `names` (default: all here)."""
@@ -235,17 +255,32 @@ def find_robust(root: str | Path, corruption: str) -> Path:
     return path
 
 
-def load_states(args: argparse.Namespace) -> dict[str, dict[str, Tensor]]:
-    """θ_pre, θ_std and every θ_c as float32 state dicts; with --signature only the θ_c given."""
-    states = {}
+def load_states(args: argparse.Namespace) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
+    """θ_pre, θ_std and every θ_c as float32 state dicts; with --signature only the θ_c given.
+
+    Also the severity that each θ_c says it was trained at (--severity where it says nothing).
+    """
+    states, severities = {}, {}
+    wanted = [key for layer in depth_order(args.arch) for key in layer]
     if not args.signature:
         source = arguments.pretrained_source(args)
         states["pretrained"] = ckpt.pretrained_state_dict(source, args.arch)
         states["standard"] = ckpt.read_state_dict(args.base_model)
+        for path, state in ((source, states["pretrained"]), (args.base_model, states["standard"])):
+            missing = [key for key in wanted if key not in state]
+            if missing:
+                raise InputError(f"{path} does not hold a {args.arch}: it has no {missing[0]}")
+        pretrained_hash = ckpt.backbone_hash(states["pretrained"])
     if args.corruption_model_root:
         for name in args.corruption:
-            states[name] = ckpt.read_state_dict(find_robust(args.corruption_model_root, name))
-    return states
+            path = find_robust(args.corruption_model_root, name)
+            checkpoint = ckpt.read(path)
+            states[name] = ckpt.state_dict_of(checkpoint, path)
+            severities[name] = checkpoint.get("severity", args.severity)
+            lineage = checkpoint.get("pretrained_hash")
+            if lineage and not args.signature and lineage != pretrained_hash:
+                print(f"warning: {path} was not fine-tuned from {source}", file=sys.stderr)
+    return states, severities
 
 
 def load_signatures(args: argparse.Namespace) -> list[RobustWeightSignature]:
@@ -263,16 +298,19 @@ def load_signatures(args: argparse.Namespace) -> list[RobustWeightSignature]:
     return signatures
 
 
-def corrupted_part(args: argparse.Namespace, clean: ImageSet, name: str, split: str) -> ImageSet:
+def corrupted_part(
+    args: argparse.Namespace, clean: ImageSet, name: str, split: str, severity: int
+) -> ImageSet:
     """The `name` copy of a clean split: published under --corruption_data, or generated."""
     return corrupted_set(
         clean,
         name,
-        args.severity,
+        severity,
         split,
         args.seed,
         root=args.corruption_data,
         frost_dir=args.frost_dir,
+        device=choose_device(args.device),
     )
 
 
@@ -281,7 +319,10 @@ def load_study(args: argparse.Namespace) -> Study:
     device = choose_device(args.device)
     dataset = datasets.base_name(args.dataset)
     signatures = load_signatures(args)
-    states = load_states(args)
+    states, severities = load_states(args)
+    for signature in signatures:
+        for name in signature.corruptions:
+            severities[name] = signature.severity or args.severity
     clean = datasets.load(dataset, args.data, "test", args.image_size)
     path = args.patched_model or args.base_model
     checkpoint = ckpt.read(path)
@@ -302,8 +343,9 @@ def load_study(args: argparse.Namespace) -> Study:
         target=to_device(target, device).eval(),
         states=states,
         signatures=signatures,
+        severities=severities,
         clean=clean,
-        corrupted={c: corrupted_part(args, clean, c, "test") for c in measured},
+        corrupted={c: corrupted_part(args, clean, c, "test", args.severity) for c in measured},
     )
 
 
@@ -329,7 +371,7 @@ def extract(study: Study, keep_num: int) -> list[RobustWeightSignature]:
             keep_num,
             arch=args.arch,
             corruption=name,
-            severity=args.severity,
+            severity=study.severities[name],
             dataset=datasets.base_name(args.dataset),
         )
         if args.quantization is not None:
@@ -352,7 +394,7 @@ def patched(
     total = sum(s.scale(w) for s, w in zip(signatures, weights, strict=True))
     with patch(study.target, total):
         if has_batchnorm(study.target) and sum(weights) > 0:
-            loaders = [
+            loaders = (  # one at a time: a whole training set each
                 BatchLoader(
                     study.training_images(name),
                     BN_BATCH,
@@ -362,7 +404,7 @@ def patched(
                     seed=study.args.seed,
                 )
                 for name in dict.fromkeys(total.corruptions)
-            ]
+            )
             reestimate(study.target, loaders, min(1.0, sum(weights)), amp=study.amp)
         yield study.target
 
@@ -392,27 +434,36 @@ def table(rows: Sequence[dict], own: Sequence[str]) -> str:
     return report.markdown_table(columns, lines)
 
 
-def update_log(path: Path, standard: dict, patched: dict) -> None:
-    """Add a run to the authors' log at `path` and print its averages over the runs.
+def read_log(path: Path) -> dict:
+    """The authors' log at `path`, empty where there is none.
 
     {"std"|"patched": {"clean": [TA of each run], "robust": {corruption: latest RA}}}
+    Raises InputError for anything else in the file.
     """
-    log = {kind: {"clean": [], "robust": {}} for kind in ("std", "patched")}
-    if path.exists():
-        old = ckpt.read(path)
-        if set(old) != set(log) or any(set(old[k]) != {"clean", "robust"} for k in log):
-            raise InputError(f"--save_log {path}: holds something else than a log of this script")
-        log = old
+    if path.is_dir():
+        raise InputError(f"--save_log {path}: that is a folder, name a file")
+    if not path.exists():
+        return {kind: {"clean": [], "robust": {}} for kind in ("std", "patched")}
+    log = ckpt.read(path)
+    entries = [log.get("std"), log.get("patched")]
+    if not all(isinstance(e, dict) and e.keys() == {"clean", "robust"} for e in entries):
+        raise InputError(f"--save_log {path}: holds something else than a log of this script")
+    return log
+
+
+def update_log(path: Path, standard: dict, patched: dict) -> None:
+    """Add a run to the log at `path` and print its averages over the runs."""
+    log = read_log(path)
     for kind, row in (("std", standard), ("patched", patched)):
         log[kind]["clean"].append(row["TA"])
         log[kind]["robust"].update(row["RA"])
     ckpt.save(log, path)
     print(f"\n{path}: averages over {len(log['std']['clean'])} runs")
-    for kind, entry in log.items():
-        ra = report.mean(entry["robust"].values())
+    for kind in ("std", "patched"):
+        clean, robust = log[kind]["clean"], log[kind]["robust"]
         print(
-            f"  {kind:<8} TA {report.mean(entry['clean']):.2f}"
-            f"  RA {ra:.2f} over {len(entry['robust'])} corruptions"
+            f"  {kind:<8} TA {report.mean(clean):.2f}"
+            f"  RA {report.mean(robust.values()):.2f} over {len(robust)} corruptions"
         )
 
 
@@ -429,7 +480,8 @@ def upper_bound(study: Study, names: Sequence[str]) -> dict | None:
             return None
     accuracies, ras = [], {}
     for name in names:
-        ckpt.load_model_weights(model, study.args.arch, study.states[name], name)
+        path = find_robust(study.args.corruption_model_root, name)
+        ckpt.load_model_weights(model, study.args.arch, study.states[name], path)
         result = study.measure(f"robust to {name}", [name])
         accuracies.append(result["TA"])
         ras |= result["RA"]
@@ -450,7 +502,7 @@ def run(args: argparse.Namespace) -> dict:
     if study.signatures:
         choices = [study.signatures]
     else:
-        choices = [extract(study, keep_num) for keep_num in args.keep_num]
+        choices = (extract(study, keep_num) for keep_num in args.keep_num)
     for signatures in choices:
         for weights in weightings(args, len(signatures)):
             kept = " ".join(str(k) for k in dict.fromkeys(s.keep_num for s in signatures))
@@ -468,7 +520,7 @@ def run(args: argparse.Namespace) -> dict:
     print(table(rows, own))
     if args.save_signature:
         print()
-        for name, signature in zip(own, choices[0], strict=True):
+        for name, signature in zip(own, signatures, strict=True):
             path = Path(args.save_signature) / f"{name}.rws"
             print(f"{path}: {signature.save(path):,} bytes")
     result = {

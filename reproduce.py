@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ from utils import arguments, report
 from utils import checkpoint as ckpt
 from utils.atomic import replacing, write_text
 from utils.engine import choose_device, to_device, train_epoch, use_amp
-from utils.errors import script_errors
+from utils.errors import InputError, script_errors
 from utils.quantize import METHODS, check_levels
 from utils.signature import RobustWeightSignature
 
@@ -77,10 +78,12 @@ def pretrain(
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, fused=True
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=epochs)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.05, total_steps=epochs * len(loader)
+    )
     for epoch in range(1, epochs + 1):
-        stats = train_epoch(model, loader, optimizer, amp=amp, title=f"pretraining {epoch}")
-        schedule.step()
+        title = f"pretraining {epoch}"
+        stats = train_epoch(model, loader, optimizer, amp=amp, title=title, schedule=schedule)
         print(f"pretraining {epoch}/{epochs}  loss {stats.loss:.4f}  train {stats.accuracy:.2f}")
     if arch.startswith("vgg"):
         fold_batchnorm(model, arch)
@@ -90,8 +93,9 @@ def pretrain(
 # ---- demo -----------------------------------------------------------------------------------
 
 DEMO_ARCH, DEMO_KEEP_NUM = "vgg11", 4
-DEMO_CORRUPTIONS = ("impulse_noise", "motion_blur", "fog")
-DEMO_PRETRAIN_EPOCHS, DEMO_EPOCHS = 4, 3
+DEMO_CORRUPTIONS = ("gaussian_noise", "motion_blur", "fog")
+DEMO_PRETRAIN_EPOCHS, DEMO_EPOCHS = 5, 2
+DEMO_LR = 0.002  # at the paper's 0.01 two short epochs drive θ_c too far from θ_std for patching
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -109,7 +113,14 @@ def demo(args: argparse.Namespace) -> None:
         amp = use_amp(device, None)
         pretrain(DEMO_ARCH, images, DEMO_PRETRAIN_EPOCHS, device, amp, pretrained)
 
-    recipe = ["--pretrained_path", str(pretrained), "--epochs", str(DEMO_EPOCHS), "--lr", "0.01"]
+    recipe = [
+        "--pretrained_path",
+        str(pretrained),
+        "--epochs",
+        str(DEMO_EPOCHS),
+        "--lr",
+        str(DEMO_LR),
+    ]
     recipe += ["--decreasing_lr", str(DEMO_EPOCHS - 1), "--batch_size", "64"]
     recipe += [] if args.force else ["--resume"]
     print("\nθ_std")
@@ -226,14 +237,34 @@ def train_models(args: argparse.Namespace, seed: int) -> Path:
     folder = Path(args.runs) / f"{args.dataset}_{args.arch}_{args.preset}" / f"seed{seed}"
     common = [*dataset_flags(args), "--epochs", str(epochs), "--decreasing_lr", decreasing_lr]
     common += ["--seed", str(seed), "--severity", str(args.severity)]
-    if args.pretrained:
-        common += ["--pretrained", args.pretrained]
+    common += pretrained_flags(args)
+    θ_pre = ckpt.pretrained_state_dict(args.pretrained or ckpt.IMAGENET, args.arch)
     for name in (None, *args.corruptions):
         save_dir = folder / ("standard" if name is None else f"robust/{name}")
+        flags = [*common, "--save_dir", str(save_dir), *(["--corruption", name] if name else [])]
         if args.force or not (save_dir / "results.json").exists():
-            flags = ["--save_dir", str(save_dir)] + ([] if args.force else ["--resume"])
-            finetune([*common, *flags, *(["--corruption", name] if name else [])])
+            finetune(flags + ([] if args.force else ["--resume"]))
+        else:
+            check_same_run(save_dir, flags, ckpt.backbone_hash(θ_pre))
     return folder
+
+
+def check_same_run(save_dir: Path, flags: Sequence[str], pretrained_hash: str) -> None:
+    """Raise InputError when the finished run in `save_dir` had other settings than `flags`."""
+    saved = ckpt.read(save_dir / ckpt.LAST)
+    wanted = train_corruption.identity(train_corruption.parse_args(flags))
+    wanted["pretrained_hash"] = pretrained_hash
+    for name, value in wanted.items():
+        if name in saved and saved[name] != value:
+            raise InputError(
+                f"{save_dir} holds a run with {name} {saved[name]}, wanted is {value}: "
+                "name other --runs, or train again with --force"
+            )
+
+
+def pretrained_flags(args: argparse.Namespace) -> list[str]:
+    """θ_pre as the scripts take it."""
+    return ["--pretrained", *([args.pretrained] if args.pretrained else [])]
 
 
 def dataset_flags(args: argparse.Namespace) -> list[str]:
@@ -251,8 +282,7 @@ def load_study(args: argparse.Namespace, seed: int) -> model_patching.Study:
     flags = [*dataset_flags(args), "--severity", str(args.severity), "--seed", str(seed)]
     flags += ["--base_model", str(folder / "standard" / ckpt.BEST_SA)]
     flags += ["--corruption_model_root", str(folder / "robust"), "--keep_num", "1"]
-    flags += ["--pretrained", *([args.pretrained] if args.pretrained else [])]
-    flags += ["--corruption", *args.corruptions]
+    flags += [*pretrained_flags(args), "--corruption", *args.corruptions]
     return model_patching.load_study(model_patching.parse_args(flags))
 
 
@@ -389,7 +419,8 @@ def quantization(args: argparse.Namespace) -> None:
                     form = (
                         signature.quantize(2**bits, args.quantization_type) if bits else signature
                     )
-                    size = form.save(Path(args.runs) / "size.rws")
+                    with tempfile.TemporaryDirectory() as folder:
+                        size = form.save(Path(folder) / "size.rws")
                     title = f"{name}, keep_num {k}, {bits or 32} bits"
                     results.append(
                         {"corruption": name, "keep_num": k, "bits": bits or 32, "bytes": size}
@@ -441,7 +472,7 @@ def storage_figure(
                 linewidth=1,
                 label="float32" if bits == 32 else f"{bits} bits",
             )
-        best, frontier = 0.0, []
+        best, frontier = -1.0, []
         for size, ra in sorted((row["bytes"], row["patched"]["RA"]) for row in rows):
             if ra > best:
                 best = ra

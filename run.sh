@@ -14,20 +14,23 @@ command=$1; shift
 case $command in -h|--help|help) usage; exit 0;; esac
 
 python=${PYTHON:-}
-for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
-    [ -n "$python" ] && break
-    if command -v "$candidate" >/dev/null &&
-        "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
-    then python=$candidate; fi
-done
-if [ -z "$python" ]; then echo "error: Python 3.10 to 3.13 is needed (or name one: PYTHON=…)" >&2; exit 2; fi
-
-if [ -z "${PYTHON:-}" ] && [ -x "$here/.venv/bin/python" ]; then
+if [ -z "$python" ] && [ -x "$here/.venv/bin/python" ]; then
     python=$here/.venv/bin/python
-elif ! "$python" -c 'import torch, torchvision' 2>/dev/null; then
-    echo "making $here/.venv"
-    "$python" -m venv "$here/.venv"
-    python=$here/.venv/bin/python
+else
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+        [ -n "$python" ] && break
+        if command -v "$candidate" >/dev/null && "$candidate" -c \
+            'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+        then python=$candidate; fi
+    done
+    if [ -z "$python" ]; then
+        echo "error: Python 3.10 to 3.13 is needed (or name one: PYTHON=…)" >&2; exit 2
+    fi
+    if ! "$python" -c 'import torch, torchvision' 2>/dev/null; then
+        echo "making $here/.venv"
+        "$python" -m venv "$here/.venv"
+        python=$here/.venv/bin/python
+    fi
 fi
 
 # Installs what a requirements file names, once: nothing happens when all of it is there.

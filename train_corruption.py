@@ -117,8 +117,10 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--resample_corruption draws a --corruption anew; name one")
     arguments.check_severity(args.severity)
     arguments.check_at_least(
-        args, batch_size=1, epochs=1, print_freq=1, lr=0, momentum=0, weight_decay=0, seed=0
+        args, batch_size=1, epochs=1, print_freq=1, lr=0, momentum=0, weight_decay=0
     )
+    arguments.check_seed(args.seed)
+    arguments.check_frost(args.frost_dir)
     if args.workers is not None:
         arguments.check_at_least(args, workers=1)
     arguments.pretrained_source(args)
@@ -156,8 +158,10 @@ def load_data(args: argparse.Namespace, device: torch.device) -> dict[str, Image
     for name in args.corruption:
         for part in ("val", "test"):
             sets[f"{part} {name}"] = corrupted_set(sets[part], name, split=part, **draw)
+    sets["clean train"] = sets["train"]
     if args.corruption:
-        sets["clean train"] = sets["train"]
+        if args.resample_corruption:
+            draw["root"] = None  # a published copy would be the same in every epoch
         sets["train"] = mixed_training_set(sets["train"], args.corruption, split="train", **draw)
     return sets
 
@@ -181,10 +185,13 @@ def redraw(
     return images
 
 
-def start_model(args: argparse.Namespace, train: ImageSet) -> tuple[nn.Module, str | None]:
-    """The model to fine-tune, and the hash of the pretrained weights in it (None: none)."""
-    mean, std = normalization(train.name, train)
-    model = build_model(args.arch, len(train.classes), mean, std)
+def start_model(args: argparse.Namespace, clean: ImageSet) -> tuple[nn.Module, str | None]:
+    """The model to fine-tune, and the hash of the pretrained weights in it (None: none).
+
+    It normalizes as `clean`, the clean training set, asks for, whatever it is trained on.
+    """
+    mean, std = normalization(clean.name, clean)
+    model = build_model(args.arch, len(clean.classes), mean, std)
     source = arguments.pretrained_source(args)
     if source is None:
         return model, None
@@ -192,9 +199,21 @@ def start_model(args: argparse.Namespace, train: ImageSet) -> tuple[nn.Module, s
     dropped = ckpt.load_pretrained(model, args.arch, state, source)
     if dropped:
         print(
-            f"{source}: {', '.join(dropped)} left out, a new head has {len(train.classes)} classes"
+            f"{source}: {', '.join(dropped)} left out, a new head has {len(clean.classes)} classes"
         )
     return model, ckpt.backbone_hash(state)
+
+
+def check_images(args: argparse.Namespace, train: ImageSet) -> None:
+    """Raise InputError where the architecture can't train on such images or batches."""
+    side = min(train.images.shape[-2:])
+    if args.arch.startswith("vgg") and side < 32:
+        raise InputError(
+            f"{args.arch} halves its input five times: images of {side} pixels are too "
+            "small, use --image_size 32 or a ResNet"
+        )
+    if args.arch.startswith("resnet") and min(args.batch_size, len(train)) < 2:
+        raise InputError("--batch_size 1: batch norm needs at least 2 images per step")
 
 
 # ---- training -------------------------------------------------------------------------------
@@ -208,7 +227,8 @@ def train(args: argparse.Namespace) -> dict:
     folder = Path(args.save_dir)
     check_writable(folder)
     sets = load_data(args, device)
-    model, pretrained_hash = start_model(args, sets["train"])
+    model, pretrained_hash = start_model(args, sets["clean train"])
+    check_images(args, sets["train"])
     print_header(args, sets, pretrained_hash, device, amp)
 
     model = to_device(model, device)
@@ -233,8 +253,11 @@ def train(args: argparse.Namespace) -> dict:
     )
     progress = {"epoch": 0, "best_sa": -1.0, "best_ra": -1.0, "history": []}
     parts = {"optimizer": optimizer, "scheduler": scheduler, "loader": loader}
+    run = {**identity(args), "pretrained_hash": pretrained_hash}
     if args.resume:
-        resume(args, model, parts, progress)
+        resume(args, run, model, parts, progress)
+    if not args.resample_corruption:
+        del sets["clean train"]
 
     for epoch in range(progress["epoch"] + 1, args.epochs + 1):
         start = time.perf_counter()
@@ -283,11 +306,12 @@ def train(args: argparse.Namespace) -> dict:
             **{name: part.state_dict() for name, part in parts.items()},
             "rng": torch.get_rng_state(),
             **progress,
-            **identity(args),
-            "pretrained_hash": pretrained_hash,
+            **run,
         }
         for name in (*better, ckpt.LAST):
             ckpt.save(content, folder / name)
+        if not args.corruption:  # one from an earlier run in this folder would be taken for ours
+            (folder / ckpt.BEST_RA).unlink(missing_ok=True)
 
     # Validation has chosen; the test images are read once, by the chosen model.
     best = folder / (ckpt.BEST_RA if args.corruption else ckpt.BEST_SA)
@@ -317,17 +341,12 @@ def train(args: argparse.Namespace) -> dict:
 
 def identity(args: argparse.Namespace) -> dict:
     """What makes a run this run; kept in its checkpoints and compared on --resume."""
-    return {
-        "dataset": datasets.base_name(args.dataset),
-        "arch": args.arch,
-        "corruption": list(args.corruption),
-        "severity": args.severity,
-        "resample_corruption": args.resample_corruption,
-        "seed": args.seed,
-    }
+    names = ("arch", "corruption", "severity", "resample_corruption", "image_size", "seed", "lr")
+    names += ("momentum", "weight_decay", "batch_size", "decreasing_lr")
+    return {"dataset": datasets.base_name(args.dataset), **{n: getattr(args, n) for n in names}}
 
 
-def resume(args: argparse.Namespace, model: nn.Module, parts: dict, progress: dict) -> None:
+def resume(args: argparse.Namespace, run: dict, model: nn.Module, parts: dict, progress: dict):
     """Continue a run of `train`: weights, optimizer, schedule, random states, best scores."""
     path = Path(args.save_dir) / ckpt.LAST if args.resume == "auto" else Path(args.resume)
     if args.resume == "auto" and not path.exists():
@@ -336,16 +355,20 @@ def resume(args: argparse.Namespace, model: nn.Module, parts: dict, progress: di
     missing = {*parts, *progress, "rng"} - saved.keys()
     if missing:
         raise InputError(f"--resume {path}: not written by this script ({sorted(missing)} missing)")
-    for name, value in identity(args).items():
-        if saved.get(name) != value:
+    for name, value in run.items():
+        if name in saved and saved[name] != value:
             raise InputError(
-                f"--resume {path}: that run has --{name} {saved.get(name)}, this one {value}"
+                f"--resume {path}: that run has {name} {saved[name]}, this one {value}"
             )
     ckpt.load_model_weights(model, args.arch, ckpt.state_dict_of(saved, path), path)
     for name, part in parts.items():
         part.load_state_dict(saved[name])
     torch.set_rng_state(saved["rng"])
     progress.update({key: saved[key] for key in progress})
+    if path.parent.resolve() != Path(args.save_dir).resolve():
+        for name in (ckpt.BEST_SA, ckpt.BEST_RA):  # what later epochs have to beat
+            if (path.parent / name).is_file():
+                ckpt.save(ckpt.read(path.parent / name), Path(args.save_dir) / name)
     print(f"resumed {path} after epoch {progress['epoch']}")
 
 
@@ -366,9 +389,8 @@ def print_header(
         "data": f"{images.name}, {height}×{width}, {len(images.classes)} classes: {counts}",
     }
     if args.corruption:
-        facts["corrupted"] = f"severity {args.severity}, {images.source}" + (
-            ", drawn anew in every epoch" if args.resample_corruption else ""
-        )
+        source = "drawn anew in every epoch" if args.resample_corruption else images.source
+        facts["corrupted"] = f"severity {args.severity}, {source}"
     facts |= {
         **arguments.frost_note(args.corruption, args.frost_dir),
         "start": f"pretrained weights {pretrained_hash}" if pretrained_hash else "random weights",

@@ -10,6 +10,8 @@ the clean set's rows, so both share one split.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -27,6 +29,7 @@ from utils.errors import InputError, suggest
 
 _PUBLISHED_NAMES = ("CIFAR-10-C", "CIFAR-100-C", "Tiny-ImageNet-C")
 SEVERITIES = 5
+RECORDS = ".made"  # in a folder that make_corruptions.py wrote: how each file was made
 
 
 def corrupted_set(
@@ -150,11 +153,23 @@ def load_published(
     for base in (Path(root), *(Path(root) / name for name in _PUBLISHED_NAMES)):
         for place, in_front in _arrays(base, corruption, split):
             if place.is_file():
+                if not in_front:
+                    _check_recorded(base, place, severity)
                 return _from_array(clean, place, severity if in_front else None)
         for place in _folders(base, corruption, severity, split):
             if place.is_dir():
                 return _from_folders(clean, place)
     return None
+
+
+def _check_recorded(base: Path, place: Path, severity: int) -> None:
+    """Raise InputError where make_corruptions.py's record of a one-severity file names another."""
+    record = base / RECORDS / f"{place.relative_to(base).as_posix()}.json"
+    made = None
+    with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):
+        made = json.loads(record.read_text(encoding="utf-8"))["settings"]["severity"]
+    if made not in (None, [severity]):
+        raise InputError(f"{place} holds severity {made}, --severity is {severity}")
 
 
 def _check(corruption: str, severity: int, split: str) -> None:

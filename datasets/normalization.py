@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from datasets.images import ImageSet
+from utils.errors import InputError
 
 # mean, std of [0, 1] values per channel, as the paper's authors use them
 PUBLISHED = {
@@ -23,4 +24,7 @@ def normalization(dataset: str, train: ImageSet) -> tuple[list[float], list[floa
         x = part.double() / 255
         sums += torch.stack([x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))])
     mean, square = sums / (len(train) * train.images[0, 0].numel())
-    return mean.tolist(), (square - mean**2).sqrt().tolist()
+    variance = square - mean**2
+    if not bool((variance > 1e-8).all()):
+        raise InputError(f"{dataset}: the training images are of one constant colour")
+    return mean.tolist(), variance.sqrt().tolist()

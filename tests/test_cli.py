@@ -16,6 +16,7 @@ import model_patching
 import train_corruption
 from models import build_model
 from utils.errors import InputError
+from utils.signature import RobustWeightSignature
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--epochs", "1", "--batch_size", "16", "--device", "cpu", "--no-amp"]
@@ -135,6 +136,38 @@ def test_several_corruptions_are_validated_separately(cifar, tmp_path):
     assert set(result["history"][0]["val_corrupted"]) == {"fog", "contrast"}
 
 
+def test_standard_and_robust_share_their_normalization(cifar, tmp_path):
+    common = ("--dataset", "folder", "--arch", "resnet18", "--data", cifar, *QUICK)
+    means = []
+    for name, corruption in (("standard", ()), ("robust", ("--corruption", "contrast"))):
+        train(*common, "--save_dir", tmp_path / name, *corruption)
+        checkpoint = torch.load(tmp_path / name / "checkpoint.pth.tar", weights_only=True)
+        means.append(checkpoint["state_dict"]["normalize.std"])
+    assert torch.equal(*means)
+    # A standard run over a robust one leaves no robust checkpoint behind.
+    train(*common, "--save_dir", tmp_path / "robust")
+    assert not (tmp_path / "robust" / "model_RA_best.pth.tar").exists()
+
+
+def test_resume_refuses_another_recipe_or_start(models, cifar, tmp_path):
+    arch, folder = models
+    if arch != "resnet18":
+        pytest.skip("one architecture is enough")
+    base = ("--dataset", "cifar10", "--arch", arch, "--data", cifar, *QUICK)
+    train(*base, "--save_dir", tmp_path / "a")
+    for change, said in (
+        (("--lr", 0.5), "lr"),
+        (("--corruption", "fog"), "corruption"),
+        (("--pretrained", folder / "pre.pth"), "pretrained_hash"),
+    ):
+        with pytest.raises(InputError, match=f"that run has {said}"):
+            train(*base, "--save_dir", tmp_path / "a", "--resume", *change)
+    # A finished run resumed into another folder takes its best checkpoints along.
+    last = tmp_path / "a" / "checkpoint.pth.tar"
+    train(*base, "--save_dir", tmp_path / "b", "--resume", last)
+    assert (tmp_path / "b" / "model_SA_best.pth.tar").exists()
+
+
 # ---- patching -------------------------------------------------------------------------------
 
 
@@ -250,6 +283,22 @@ def test_published_corrupted_set_is_read(models, cifar, tmp_path):
     assert {r["RA"]["fog"] for r in result["rows"]} == {10.0}  # black images: one class for all
 
 
+def test_signature_keeps_the_severity_it_was_trained_at(models, cifar, tmp_path):
+    keep = ("--keep_num", 1, "--severity", 1, "--save_signature", tmp_path)
+    patch(*patch_arguments(models, cifar, "fog", *keep))
+    assert RobustWeightSignature.load(tmp_path / "fog.rws").severity == 5
+
+
+def test_wrong_pretrained_file_is_named_before_any_work(models, cifar, tmp_path):
+    arch, folder = models
+    other = "resnet18" if arch == "vgg11" else "vgg11"
+    torch.save(build_model(other, 5).state_dict(), tmp_path / "other.pth")
+    arguments = [str(a) for a in patch_arguments(models, cifar, "fog")]
+    arguments[arguments.index(str(folder / "pre.pth"))] = str(tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"other\.pth does not hold"):
+        patch(*arguments)
+
+
 def test_robust_folder_is_found_by_exact_name_first(models, tmp_path):
     for name in ("gaussian_noise_and_blur", "gaussian_noise", "vgg_fog_sev5"):
         (tmp_path / name).mkdir()
@@ -276,6 +325,12 @@ def test_robust_folder_is_found_by_exact_name_first(models, tmp_path):
         (model_patching, ["--corruption", "fog"], "--base_model"),
         (model_patching, ["--keep_num", "14"], "13 layers"),
         (model_patching, ["--quantization", "1"], "1"),
+        (model_patching, ["--bn_float"], "--quantization"),
+        (model_patching, ["--save_log", "."], "folder"),
+        (model_patching, ["--finetune_alpha", "1", "2"], "1 signatures"),
+        (train_corruption, ["--save_dir", "x", "--device", "meta"], "--device meta"),
+        (train_corruption, ["--save_dir", "x", "--seed", "9" * 30], "--seed"),
+        (train_corruption, ["--save_dir", "x", "--frost_dir", "nowhere"], "--frost_dir"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(script, argv, said, tmp_path, capsys, monkeypatch):

@@ -68,6 +68,18 @@ def test_cifar_c_severities_and_labels(tmp_path, inside):
     assert load_published(clean, tmp_path / "nowhere", "fog", 1, "test") is None
 
 
+def test_recorded_severity_of_a_one_severity_file_is_checked(tmp_path):
+    clean = clean_set(split="test")
+    write_npy(tmp_path / "test", "fog", pixels_of(30), np.arange(30) % 3)
+    assert load_published(clean, tmp_path, "fog", 1, "test") is not None  # nothing is recorded
+    record = tmp_path / ".made" / "test" / "fog.npy.json"
+    record.parent.mkdir(parents=True)
+    record.write_text('{"settings": {"severity": [5]}}')
+    assert load_published(clean, tmp_path, "fog", 5, "test") is not None
+    with pytest.raises(InputError, match="severity"):
+        load_published(clean, tmp_path, "fog", 1, "test")
+
+
 def test_train_array_shares_the_clean_split(tmp_path):
     pixels = pixels_of(30)
     write_npy(tmp_path / "train", "fog", pixels, np.arange(30) % 3)

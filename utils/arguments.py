@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
 
 import datasets
 from datasets.corruptions import CORRUPTIONS
@@ -109,6 +110,18 @@ def check_severity(severity: int) -> None:
     """Raise InputError unless `severity` is 1 … 5."""
     if severity not in range(1, 6):
         raise InputError(f"--severity {severity}: must be 1, 2, 3, 4 or 5")
+
+
+def check_seed(seed: int) -> None:
+    """Raise InputError unless torch takes `seed`."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed {seed}: must be 0 to 2**63 − 1")
+
+
+def check_frost(frost_dir: str | None) -> None:
+    """Raise InputError for a --frost_dir that is no folder."""
+    if frost_dir is not None and not Path(frost_dir).is_dir():
+        raise InputError(f"--frost_dir {frost_dir}: no such folder")
 
 
 def check_at_least(args: argparse.Namespace, **lowest: float) -> None:

@@ -50,7 +50,7 @@ def read(path: str | os.PathLike) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for damaged or refused files
         told = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
-        reason = next(iter(told.splitlines()), type(error).__name__)[:120]
+        reason = next(iter(told.strip().splitlines()), type(error).__name__)[:120]
         if told.startswith("Unsupported"):
             raise InputError(
                 f"{path}: holds more than weights and was not opened ({reason})"

@@ -33,8 +33,9 @@ def choose_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.Generator(device)
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name}: not usable here ({reason}); try auto or cpu") from error
     return device
@@ -79,9 +80,11 @@ def train_epoch(
     amp: bool,
     print_freq: int = 100,
     title: str = "the epoch",
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
 ) -> TrainStats:
     """One pass of `loader` through `model` with cross-entropy, updating by `optimizer`.
 
+    `schedule`: a learning-rate schedule to advance with every step, if there is one.
     Raises InputError, naming step and learning rate, when the loss is no longer finite at a print
     interval or at the end.
     """
@@ -98,6 +101,8 @@ def train_epoch(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            if schedule is not None:
+                schedule.step()
             with torch.no_grad():
                 total += torch.stack(
                     [loss.detach().float() * len(labels), (logits.argmax(1) == labels).sum()]

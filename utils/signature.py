@@ -267,6 +267,8 @@ class RobustWeightSignature:
         Raises InputError naming the file when it is missing, damaged, truncated, of a newer
         version, or no signature at all.
         """
+        if Path(path).is_dir():
+            raise InputError(f"{path}: a folder, not a signature file")
         try:
             document = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
@@ -571,7 +573,11 @@ def describe(path: str | os.PathLike) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m utils.signature", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.signature",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     show = commands.add_parser("show", help="print what a signature file holds")
     show.add_argument("file", help="a .rws file")
