@@ -9,6 +9,7 @@ import torch
 
 import make_corruptions
 import model_patching
+import reproduce
 import train_corruption
 from models import build_model
 
@@ -46,9 +47,10 @@ def commands():
 @pytest.mark.parametrize("command", commands())
 def test_commands_parse(command):
     _, script, *argv = shlex.split(command)
-    scripts = {m.__name__: m for m in (train_corruption, model_patching, make_corruptions)}
+    modules = (train_corruption, model_patching, make_corruptions, reproduce)
+    scripts = {m.__name__: m for m in modules}
     scripts[Path(script).stem].parse_args(argv)
 
 
 def test_there_are_commands():
-    assert len(commands()) == 10
+    assert len(commands()) == 12
