@@ -18,6 +18,7 @@ of each, patch the standard model with it, and compare. Ends in a table and a fi
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -41,7 +42,7 @@ from models.layers import depth_order, layer_keys
 from models.vgg import add_batchnorm, fold_batchnorm
 from utils import arguments, report
 from utils import checkpoint as ckpt
-from utils.atomic import replacing, write_text
+from utils.atomic import check_writable, replacing, write_text
 from utils.engine import choose_device, to_device, train_epoch, use_amp
 from utils.errors import InputError, script_errors
 from utils.quantize import METHODS, check_levels
@@ -204,13 +205,14 @@ def demo_figure(rows: Sequence[dict], path: Path) -> None:
                 edgecolor="white",
                 label=label,
             )
-            axis.bar_label(drawn, fmt="%.0f", fontsize=7)
+            axis.bar_label(drawn, fmt="%.1f", fontsize=6)
         axis.set_title(title, fontsize=10)
         axis.set_xticks(range(len(rows)), [row["corruption"] for row in rows], fontsize=8)
         axis.set_ylim(0, 109)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("accuracy, %")
-    axes[1].legend(fontsize=8, frameon=False, loc="lower right").set_zorder(3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    top.legend(handles, labels, fontsize=8, frameon=False, loc="outside lower center", ncols=3)
 
     clean = synthetic.load("test").subset(range(12))
     names = ["clean", *(row["corruption"] for row in rows)]
@@ -286,68 +288,124 @@ def load_study(args: argparse.Namespace, seed: int) -> model_patching.Study:
     return model_patching.load_study(model_patching.parse_args(flags))
 
 
-def measure_bounds(study: model_patching.Study) -> dict[str, dict]:
+class Rows:
+    """The measurements of an experiment, kept in results.json as they come.
+
+    What an earlier run left there is reused where it was measured on the same models.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.path = args, Path(args.out) / "results.json"
+        check_writable(args.out)
+        self.all: list[dict] = []
+        self.old: list[dict] = []
+        if self.path.exists() and not args.force:
+            try:
+                self.old = json.loads(self.path.read_text(encoding="utf-8"))["rows"]
+            except (ValueError, KeyError) as error:
+                raise InputError(
+                    f"{self.path} is not of this script: name another --out"
+                ) from error
+
+    def measure(
+        self, row: dict, study: model_patching.Study, signature: RobustWeightSignature
+    ) -> dict[str, float]:
+        """TA and RA, in percent, of the standard model with `signature` on it.
+
+        `row` says what is measured; "models" is added to it, the hashes of θ_std and θ_c.
+        """
+        name = signature.name
+        row["models"] = f"{signature.standard} {signature.robust[0]}"
+        for old in self.old:
+            if all(old.get(key) == value for key, value in row.items()):
+                return old["patched"]
+        title = ", ".join(f"{key} {row[key]}" for key in row if key not in ("seed", "models"))
+        with model_patching.patched(study, [signature], [1.0]):
+            result = study.measure(title, [name])
+        return {"TA": result["TA"], "RA": result["RA"][name]}
+
+    def add(self, row: dict) -> None:
+        """Keep one more row, in the file too."""
+        self.all.append(row)
+        self.write(self.all + [old for old in self.old if old not in self.all])
+
+    def write(self, rows: Sequence[dict]) -> None:
+        device = choose_device(self.args.device)
+        content = {"rows": rows, "arguments": vars(self.args), **report.provenance(device)}
+        report.write_json(self.path, content)
+
+    def finish(self, columns: Sequence[str], lines: Sequence[Sequence]) -> None:
+        """Print the table and write it beside the rows."""
+        table = report.markdown_table(columns, lines)
+        print(f"\n{table}\n\n{self.args.out}")
+        write_text(Path(self.args.out) / "table.md", table + "\n")
+        self.write(self.all)
+
+
+def measure_bounds(rows: Rows, study: model_patching.Study) -> dict[str, dict]:
     """Per corruption: TA and RA of the standard and of its robust model, in percent."""
-    standard = study.measure("standard")
-    rows = {}
+    bounds: dict[str, dict] = {}
+    standard = ckpt.backbone_hash(study.states["standard"])
     for name in study.args.corruption:
+        models = f"{standard} {ckpt.backbone_hash(study.states[name])}"
+        seed = study.args.seed
+        for old in rows.old:
+            if [old.get(key) for key in ("corruption", "seed", "models")] == [name, seed, models]:
+                bounds[name] = {kind: old[kind] for kind in ("standard", "robust")}
+    missing = [name for name in study.args.corruption if name not in bounds]
+    if missing:
+        standard = study.measure("standard", missing)
+    for name in missing:
         robust = model_patching.upper_bound(study, [name])
-        rows[name] = {
+        bounds[name] = {
             "standard": {"TA": standard["TA"], "RA": standard["RA"][name]},
             "robust": {"TA": robust["TA"], "RA": robust["RA"][name]},
         }
-    return rows
-
-
-def measure_patch(
-    study: model_patching.Study, signature: RobustWeightSignature, name: str, title: str
-) -> dict[str, float]:
-    """TA, and RA on corruption `name`, of the standard model with `signature` on it, in percent."""
-    with model_patching.patched(study, [signature], [1.0]):
-        result = study.measure(title, [name])
-    return {"TA": result["TA"], "RA": result["RA"][name]}
+    return bounds
 
 
 def keep_num(args: argparse.Namespace) -> None:
     """TA and RA over the number of shallow layers kept, one patch per corruption (section 5.3)."""
-    results = []
+    rows = Rows(args)
     for seed in args.seeds:
         study = load_study(args, seed)
-        bounds = measure_bounds(study)
+        bounds = measure_bounds(rows, study)
         for k in args.keep_nums or range(1, len(depth_order(args.arch)) + 1):
-            signatures = model_patching.extract(study, k)
-            for name, signature in zip(args.corruptions, signatures, strict=True):
-                patched = measure_patch(study, signature, name, f"keep_num {k}, {name}")
-                results.append(
-                    {"corruption": name, "keep_num": k, "seed": seed}
-                    | {"patched": patched, **bounds[name]}
-                )
-                save_partial(args, results)
-    columns = ["model", *(f"{m} {c}" for c in args.corruptions for m in ("TA", "RA"))]
-    columns += ["recovered, %"]
-    ks = list(dict.fromkeys(row["keep_num"] for row in results))
-    lines = [bound_line(args, results, "standard")]
+            for signature in model_patching.extract(study, k):
+                row = {"corruption": signature.name, "keep_num": k, "seed": seed}
+                measured = rows.measure(row, study, signature)
+                rows.add(row | {"patched": measured} | bounds[signature.name])
+    ks = list(dict.fromkeys(row["keep_num"] for row in rows.all))
+    lines = [accuracies(args, rows.all, "standard")]
     for k in ks:
-        rows = [row for row in results if row["keep_num"] == k]
-        shares = [
-            model_patching.recovered(*(row[m]["RA"] for m in ("standard", "patched", "robust")))
-            for row in rows
-        ]
-        line = bound_line(args, rows, "patched")
-        lines.append([f"patched, keep_num {k}", *line[1:-1], spread(shares)])
-    lines.append(bound_line(args, results, "robust"))
-    finish(args, columns, lines, results)
-    keep_num_figure(args, results, Path(args.out) / "keep_num.png")
+        of_k = [row for row in rows.all if row["keep_num"] == k]
+        lines.append([f"patched, keep_num {k}", *accuracies(args, of_k, "patched")[1:]])
+    lines.append(accuracies(args, rows.all, "robust"))
+    rows.finish(accuracy_columns(args, "model"), lines)
+    keep_num_figure(args, rows.all, Path(args.out) / "keep_num.png")
 
 
-def bound_line(args: argparse.Namespace, results: Sequence[dict], kind: str) -> list:
-    """TA and RA of the standard, patched or robust models in `results`, per corruption."""
+def accuracy_columns(args: argparse.Namespace, *first: str) -> list[str]:
+    """The header of a table whose lines end as `accuracies` does."""
+    names = args.corruptions
+    return [*first, *(f"{c}: {m}" for c in names for m in ("TA, %", "RA, %", "recovered, %"))]
+
+
+def accuracies(args: argparse.Namespace, rows: Sequence[dict], kind: str) -> list:
+    """`kind` (standard, patched or robust), then its TA, RA and recovered share per corruption.
+
+    Over several seeds: mean ± standard deviation.
+    """
     line = [kind]
     for name in args.corruptions:
-        for measure in ("TA", "RA"):
-            rows = {row["seed"]: row[kind][measure] for row in results if row["corruption"] == name}
-            line.append(spread(rows.values()))
-    return [*line, None]
+        of_name = {row["seed"]: row for row in rows if row["corruption"] == name}.values()
+        line += [spread(row[kind][measure] for row in of_name) for measure in ("TA", "RA")]
+        shares = [
+            model_patching.recovered(*(row[k]["RA"] for k in ("standard", "patched", "robust")))
+            for row in of_name
+        ]
+        line.append(spread(shares) if kind == "patched" else None)
+    return line
 
 
 def spread(values: Iterable[float | None]) -> str | None:
@@ -394,7 +452,7 @@ def keep_num_figure(args: argparse.Namespace, results: Sequence[dict], path: Pat
                     fontsize=7,
                     color=colour,
                     ha="right",
-                    va="bottom",
+                    va="bottom" if measure == "TA" else "top",  # apart where the levels are near
                 )
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("keep_num (shallowest layers patched)")
@@ -407,42 +465,39 @@ def keep_num_figure(args: argparse.Namespace, results: Sequence[dict], path: Pat
 
 def quantization(args: argparse.Namespace) -> None:
     """RA and TA over the bytes on disk of a signature: bits × layers kept (section 5.4)."""
-    results = []
+    rows = Rows(args)
     for seed in args.seeds:
         study = load_study(args, seed)
-        bounds = measure_bounds(study)
+        bounds = measure_bounds(rows, study)
         for k in args.keep_nums or range(1, len(depth_order(args.arch)) + 1):
-            for name, signature in zip(
-                args.corruptions, model_patching.extract(study, k), strict=True
-            ):
-                for bits in (None, *args.bits):
-                    form = (
-                        signature.quantize(2**bits, args.quantization_type) if bits else signature
-                    )
-                    with tempfile.TemporaryDirectory() as folder:
-                        size = form.save(Path(folder) / "size.rws")
-                    title = f"{name}, keep_num {k}, {bits or 32} bits"
-                    results.append(
-                        {"corruption": name, "keep_num": k, "bits": bits or 32, "bytes": size}
-                        | {"seed": seed, "patched": measure_patch(study, form, name, title)}
-                        | bounds[name]
-                    )
-                    save_partial(args, results)
+            for signature in model_patching.extract(study, k):
+                for bits in (32, *args.bits):
+                    form = signature
+                    if bits < 32:
+                        form = signature.quantize(2**bits, args.quantization_type)
+                    row = {"corruption": signature.name, "keep_num": k, "bits": bits, "seed": seed}
+                    row["levels"] = args.quantization_type if bits < 32 else None
+                    measured = rows.measure(row, study, form)
+                    row["bytes"] = bytes_on_disk(form)
+                    rows.add(row | {"patched": measured} | bounds[signature.name])
     full = sum(4 * t.numel() for t in study.states["standard"].values())
-    columns = ["signature", "bytes", "of a full copy"]
-    columns += [f"{m} {c}" for c in args.corruptions for m in ("TA", "RA")]
-    lines = [
-        ["full robust copy, fp32", f"{full:,}", "1", *bound_line(args, results, "robust")[1:-1]]
-    ]
-    for k, bits in dict.fromkeys((row["keep_num"], row["bits"]) for row in results):
-        rows = [row for row in results if (row["keep_num"], row["bits"]) == (k, bits)]
-        size = round(report.mean(row["bytes"] for row in rows))
+    robust = accuracies(args, rows.all, "robust")[1:]
+    lines = [["full robust copy, fp32", f"{full:,}", "1", *robust]]
+    for k, bits in dict.fromkeys((row["keep_num"], row["bits"]) for row in rows.all):
+        of_form = [row for row in rows.all if (row["keep_num"], row["bits"]) == (k, bits)]
+        size = round(report.mean(row["bytes"] for row in of_form))
         form = "fp32" if bits == 32 else f"{bits} bits"
-        line = bound_line(args, rows, "patched")[1:-1]
+        line = accuracies(args, of_form, "patched")[1:]
         lines.append([f"keep_num {k}, {form}", f"{size:,}", f"1/{full / size:,.0f}", *line])
-    lines.append(["none (standard)", "0", None, *bound_line(args, results, "standard")[1:-1]])
-    finish(args, columns, lines, results)
-    storage_figure(args, results, full, Path(args.out) / "storage.png")
+    lines.append(["none (standard)", "0", None, *accuracies(args, rows.all, "standard")[1:]])
+    rows.finish(accuracy_columns(args, "signature", "bytes", "of a full copy"), lines)
+    storage_figure(args, rows.all, full, Path(args.out) / "storage.png")
+
+
+def bytes_on_disk(signature: RobustWeightSignature) -> int:
+    """The size of the signature's file."""
+    with tempfile.TemporaryDirectory() as folder:
+        return signature.save(Path(folder) / "size.rws")
 
 
 def storage_figure(
@@ -508,24 +563,6 @@ def save_figure(figure: Figure, path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
     plt.close(figure)
-
-
-def save_partial(args: argparse.Namespace, results: Sequence[dict]) -> None:
-    """Keep what has been measured so far in results.json."""
-    report.write_json(
-        Path(args.out) / "results.json",
-        {"rows": results, "arguments": vars(args), **report.provenance(choose_device(args.device))},
-    )
-
-
-def finish(
-    args: argparse.Namespace, columns: Sequence[str], lines: Sequence[Sequence], results: list[dict]
-) -> None:
-    """Print the table and write it with all rows and their provenance."""
-    table = report.markdown_table(columns, lines)
-    print(f"\n{table}\n\n{args.out}")
-    write_text(Path(args.out) / "table.md", table + "\n")
-    save_partial(args, results)
 
 
 EXPERIMENTS = {"demo": demo, "keep-num": keep_num, "quantization": quantization}
