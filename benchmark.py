@@ -524,20 +524,10 @@ COMMANDS = {"corruptions": corruptions, "signature": signature, "resample": resa
 DEFAULT_CORRUPTIONS = {"corruptions": CORRUPTIONS, "resample": RESAMPLED}
 
 
-class _CommandParser(arguments.Parser):
-    """The parser of one subcommand, as argparse makes it."""
-
-    def __init__(self, prog: str, description: str, **_: object) -> None:
-        super().__init__(description)
-        self.prog = prog
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The settings of one run; `argv` as on the command line (default: sys.argv)."""
     parser = arguments.Parser(__doc__)
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser
-    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = _add(commands, "corruptions", "the corruptions, batched and one image at a time")
     command.add_argument("--size", type=int, default=32, choices=(32, 64), help="side of images")

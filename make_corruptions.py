@@ -590,7 +590,15 @@ def print_header(
     report.header("make_corruptions.py", facts)
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
     with script_errors():
-        settings = parse_args()
-        preview(settings) if settings.preview else make(settings)
+        args = parse_args(argv)
+        if args.preview:
+            preview(args)
+        else:
+            make(args)
+
+
+if __name__ == "__main__":
+    main()

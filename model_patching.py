@@ -1,8 +1,8 @@
 """Extract Robust Weight Signatures, patch a standard model with them, and evaluate.
 
-Paper, section 4:  θ_patched[l] = θ_target[l] + Σ_c w_c · RWS_c[l]  in the keep_num shallowest
-layers, where RWS_c is θ_c − θ_pre with the direction of clean fine-tuning projected out
-(utils/signature.py has the equations).
+    θ_patched[l] = θ_target[l] + Σ_c w_c · RWS_c[l]      l in the keep_num shallowest layers
+
+RWS_c is θ_c − θ_pre with the direction of clean fine-tuning projected out (utils/signature.py).
 
     python model_patching.py --keep_num 5 --dataset cifar10 --arch vgg16 \\
         --corruption gaussian_noise --data data/cifar10 --corruption_model_root runs/vgg16/robust \\

@@ -8,8 +8,8 @@
 Checkpoints go to --runs, by what determines them, and are reused; a killed run goes on from its
 last epoch. Results (table.md, results.json, figures) go to --out.
 
-keep-num: accuracy of the patched model over the number of layers kept (paper, section 5.3).
-quantization: accuracy over the bytes of a signature, bits × layers kept (section 5.4).
+keep-num: accuracy of the patched model over the number of layers kept.
+quantization: accuracy over the bytes of a signature, bits × layers kept.
 demo: pretrain a small VGG on twenty classes of the synthetic set; fine-tune it on ten others,
 clean (standard model) and under two corruptions (robust models); take the Robust Weight Signature
 of each, patch the standard model with it, and compare. Ends in a table and a figure.
@@ -18,6 +18,7 @@ of each, patch the standard model with it, and compare. Ends in a table and a fi
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -100,7 +101,7 @@ DEMO_LR = 0.002  # at the paper's 0.01 two short epochs drive θ_c too far from 
 
 
 def demo(args: argparse.Namespace) -> None:
-    """The paper's main job on the synthetic data set (section 5.2 in miniature)."""
+    """The paper's main job on the synthetic data set in miniature."""
     start = time.perf_counter()
     device = choose_device(args.device)
     runs, out = Path(args.runs) / "demo", Path(args.out)
@@ -240,7 +241,7 @@ def train_models(args: argparse.Namespace, seed: int) -> Path:
     common = [*dataset_flags(args), "--epochs", str(epochs), "--decreasing_lr", decreasing_lr]
     common += ["--seed", str(seed), "--severity", str(args.severity)]
     common += pretrained_flags(args)
-    θ_pre = ckpt.pretrained_state_dict(args.pretrained or ckpt.IMAGENET, args.arch)
+    θ_pre = ckpt.pretrained_state_dict(args.pretrained, args.arch)
     for name in (None, *args.corruptions):
         save_dir = folder / ("standard" if name is None else f"robust/{name}")
         flags = [*common, "--save_dir", str(save_dir), *(["--corruption", name] if name else [])]
@@ -266,7 +267,7 @@ def check_same_run(save_dir: Path, flags: Sequence[str], pretrained_hash: str) -
 
 def pretrained_flags(args: argparse.Namespace) -> list[str]:
     """θ_pre as the scripts take it."""
-    return ["--pretrained", *([args.pretrained] if args.pretrained else [])]
+    return ["--pretrained", *([args.pretrained] if args.pretrained != ckpt.IMAGENET else [])]
 
 
 def dataset_flags(args: argparse.Namespace) -> list[str]:
@@ -365,12 +366,12 @@ def measure_bounds(rows: Rows, study: model_patching.Study) -> dict[str, dict]:
 
 
 def keep_num(args: argparse.Namespace) -> None:
-    """TA and RA over the number of shallow layers kept, one patch per corruption (section 5.3)."""
+    """TA and RA over the number of shallow layers kept, one patch per corruption."""
     rows = Rows(args)
     for seed in args.seeds:
         study = load_study(args, seed)
         bounds = measure_bounds(rows, study)
-        for k in args.keep_nums or range(1, len(depth_order(args.arch)) + 1):
+        for k in args.keep_nums:
             for signature in model_patching.extract(study, k):
                 row = {"corruption": signature.name, "keep_num": k, "seed": seed}
                 measured = rows.measure(row, study, signature)
@@ -464,12 +465,12 @@ def keep_num_figure(args: argparse.Namespace, results: Sequence[dict], path: Pat
 
 
 def quantization(args: argparse.Namespace) -> None:
-    """RA and TA over the bytes on disk of a signature: bits × layers kept (section 5.4)."""
+    """RA and TA over the bytes on disk of a signature: bits × layers kept."""
     rows = Rows(args)
     for seed in args.seeds:
         study = load_study(args, seed)
         bounds = measure_bounds(rows, study)
-        for k in args.keep_nums or range(1, len(depth_order(args.arch)) + 1):
+        for k in args.keep_nums:
             for signature in model_patching.extract(study, k):
                 for bits in (32, *args.bits):
                     form = signature
@@ -512,7 +513,7 @@ def storage_figure(
         squeeze=False,
         layout="constrained",
     )
-    styles = dict(zip((32, *args.bits), COLOURS, strict=False))
+    styles = dict(zip((32, *args.bits), itertools.cycle(COLOURS), strict=False))
     for axis, name in zip(axes[0], args.corruptions, strict=True):
         rows = [row for row in results if row["corruption"] == name]
         for bits, (colour, marker) in styles.items():
@@ -571,7 +572,33 @@ EXPERIMENTS = {"demo": demo, "keep-num": keep_num, "quantization": quantization}
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The settings of one run; `argv` as on the command line (default: sys.argv)."""
     parser = arguments.Parser(__doc__)
-    parser.add_argument("experiment", choices=EXPERIMENTS, help="what to reproduce")
+    experiments = parser.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
+    for name, function in EXPERIMENTS.items():
+        purpose = function.__doc__.splitlines()[0]
+        one = experiments.add_parser(name, help=purpose, description=purpose)
+        one.add_argument("--out", default=f"results/{name}", metavar="DIR", help="for the results")
+        one.add_argument("--runs", default="runs", metavar="DIR", help="for checkpoints; reused")
+        one.add_argument("--force", action="store_true", help="redo what is there")
+        one.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+        if name != "demo":
+            add_study(one)
+        if name == "quantization":
+            bits = [8, 6, 4, 3, 2]
+            one.add_argument("--bits", type=int, nargs="+", default=bits, help="of a value")
+            one.add_argument(
+                "--quantization_type",
+                default="linear",
+                choices=METHODS,
+                help="spacing of the levels",
+            )
+    args = parser.parse_args(argv)
+    if args.experiment != "demo":
+        check(args)
+    return args
+
+
+def add_study(parser: argparse.ArgumentParser) -> None:
+    """Flags of the experiments that train a standard model and robust ones, and patch."""
     arguments.add_dataset(parser)
     parser.add_argument("--data", metavar="DIR", help="the clean data set")
     arguments.add_corruption(parser)
@@ -579,7 +606,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--corruptions", nargs="+", default=["all"], metavar="NAME", help="all, or these"
     )
     parser.add_argument("--arch", default="vgg16", choices=ARCHS, help="architecture")
-    parser.add_argument("--pretrained", metavar="FILE", help="θ_pre (default: ImageNet weights)")
+    arguments.add_pretrained(parser)
     parser.add_argument(
         "--preset",
         default="paper",
@@ -590,28 +617,30 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--keep_nums", type=int, nargs="+", metavar="K", help="layers kept (default: every number)"
     )
-    parser.add_argument(
-        "--bits", type=int, nargs="+", default=[8, 6, 4, 3, 2], help="of quantized signatures"
-    )
-    parser.add_argument(
-        "--quantization_type", default="linear", choices=METHODS, help="spacing of the levels"
-    )
-    parser.add_argument("--out", metavar="DIR", help="results; by default results/EXPERIMENT")
-    parser.add_argument("--runs", default="runs", metavar="DIR", help="checkpoints; reused")
-    parser.add_argument("--force", action="store_true", help="train again what is there")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-    args = parser.parse_args(argv)
-    args.out = args.out or f"results/{args.experiment}"
+
+
+def check(args: argparse.Namespace) -> None:
+    """Fill in what "all" means, and raise InputError for what can be judged before any work."""
     args.dataset = datasets.base_name(args.dataset)
     if args.corruptions == ["all"]:
         args.corruptions = list(CORRUPTIONS)
+    args.pretrained = arguments.pretrained_source(args) or ckpt.IMAGENET
+    args.keep_nums = args.keep_nums or list(range(1, len(depth_order(args.arch)) + 1))
     arguments.check_corruptions(args.corruptions)
     arguments.check_severity(args.severity)
-    for k in args.keep_nums or ():
+    arguments.check_frost(args.frost_dir)
+    for seed in args.seeds:
+        arguments.check_seed(seed)
+    for k in args.keep_nums:
         layer_keys(args.arch, k)
-    for bits in args.bits:
-        check_levels(2**bits if 0 < bits <= 16 else 0, args.quantization_type)
-    return args
+    for bits in getattr(args, "bits", ()):
+        if not 1 <= bits <= 16:
+            raise InputError(f"--bits {bits}: must be 1 to 16")
+        check_levels(2**bits, args.quantization_type)
+    for flag in ("seeds", "keep_nums", "bits"):
+        values = getattr(args, flag, [])
+        if len(set(values)) < len(values):
+            raise InputError(f"--{flag} names a value twice")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """Fine-tune one model: standard (clean images), or robust to one or more corruptions.
 
-Paper, section 5.1: SGD, 50 epochs, lr 0.01 × 0.1 at epochs 20 and 40, batch 128.
+The paper's recipe: SGD, 50 epochs, lr 0.01 × 0.1 at epochs 20 and 40, batch 128.
 
     # the standard model θ_std
     python train_corruption.py --pretrained --lr 0.01 --dataset cifar10 --arch vgg16 \\
@@ -147,7 +147,13 @@ def load_data(args: argparse.Namespace, device: torch.device) -> dict[str, Image
     cache.WORKERS = args.workers
     root = args.std_data or args.data
     parts = ("train", "val", "test")
-    sets = {part: datasets.load(dataset, root, part, args.image_size) for part in parts}
+    try:
+        sets = {part: datasets.load(dataset, root, part, args.image_size) for part in parts}
+    except InputError as error:
+        if args.std_data:
+            raise InputError(str(error).replace("--data", "--std_data", 1)) from error
+        hint = "; --std_data names the clean set" if args.corruption else ""
+        raise InputError(f"{error}{hint}") from error
     draw = {
         "severity": args.severity,
         "seed": args.seed,

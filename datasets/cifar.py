@@ -116,6 +116,8 @@ def _load_pickles(folder: Path, split: str, image_size: int | None, name: str) -
 def _download(root: Path, name: str) -> Path:
     published = _PUBLISHED[name]
     looked_for = f"neither {published.base_folder}/ nor train/<class>/ folders of images there"
+    if root.is_dir() and any(root.glob("**/*.npy")):
+        raise InputError(f"--data {root}: {looked_for}; the .npy files are a corrupted copy")
     if not _network_answers():
         raise InputError(f"--data {root}: {looked_for}, and no network to download {name} from")
     try:

@@ -68,25 +68,6 @@ def rotate(images: Tensor, angles: Tensor) -> Tensor:
     return turned.view(count, channels, height, width)
 
 
-def random_crop(
-    images: Tensor, padding: int = CROP_PADDING, generator: torch.Generator | None = None
-) -> Tensor:
-    """`crop` at offsets drawn uniformly, one per image."""
-    return crop(images, *draw_offsets(len(images), padding, images.device, generator), padding)
-
-
-def random_flip(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """`flip` with probability 1/2 per image."""
-    return flip(images, draw_flips(len(images), images.device, generator))
-
-
-def random_rotation(
-    images: Tensor, degrees: float = MAX_ANGLE, generator: torch.Generator | None = None
-) -> Tensor:
-    """`rotate` by an angle uniform in [-degrees, degrees), one per image."""
-    return rotate(images, draw_angles(len(images), degrees, images.device, generator))
-
-
 def draw_offsets(
     count: int, padding: int, device: torch.device, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -118,8 +99,7 @@ class BatchLoader:
 
     augment: None, "crop_flip" or "rotate_flip" (`augmentation_for`). shuffle: a new order every
     epoch, and a last batch of a single image is left out (batch norm can't train on one).
-    drop_last: leave out a last batch that is not full. channels_last: memory format of the
-    batches. resample: called with the number of each epoch, gives the images to use in it instead
+    resample: called with the number of each epoch, gives the images to use in it instead
     of the set's, for corruptions drawn anew. Order and augmentation of epoch e depend on (seed, e),
     the device's kind and the torch version only; iterating once is one epoch. `state_dict` resumes
     at the epoch that comes next.
@@ -134,8 +114,6 @@ class BatchLoader:
         device: str | torch.device = "cpu",
         shuffle: bool = False,
         seed: int = 0,
-        drop_last: bool = False,
-        channels_last: bool = False,
         resample: Callable[[int], Tensor] | None = None,
     ) -> None:
         if batch_size < 1:
@@ -151,15 +129,13 @@ class BatchLoader:
         self.augment = augment
         self.shuffle = shuffle
         self.seed = seed
-        self.drop_last = drop_last
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.resample = resample
         self.epoch = 0
 
     def __len__(self) -> int:
         """Batches in an epoch."""
         count = len(self.images)
-        if self.drop_last or (self.shuffle and count % self.batch_size == 1 < count):
+        if self.shuffle and count % self.batch_size == 1 < count:
             return count // self.batch_size
         return math.ceil(count / self.batch_size)
 
@@ -224,4 +200,4 @@ class BatchLoader:
         return max(1, round(CROP_PADDING * self.images.shape[-1] / 32))
 
     def _to_float(self, images: Tensor) -> Tensor:
-        return images.to(torch.float32, memory_format=self.memory_format).div_(255)
+        return images.to(torch.float32).div_(255)

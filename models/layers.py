@@ -2,7 +2,7 @@
 
 A VGG layer is one convolution (weight and bias). In a ResNet layer 1 is the stem and every
 residual block is one more, so VGG-16 has 13 layers and ResNet-50 has 17. The RWS keeps the
-`keep_num` shallowest (paper, section 4.2).
+`keep_num` shallowest.
 """
 
 from __future__ import annotations

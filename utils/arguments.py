@@ -24,8 +24,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints look like every other error here: one line, exit 2."""
 
-    def __init__(self, description: str | None) -> None:
-        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    def __init__(self, description: str | None = None, **options: object) -> None:
+        options |= {"formatter_class": HelpFormatter, "allow_abbrev": False}
+        super().__init__(description=description, **options)
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (see {self.prog} --help)")

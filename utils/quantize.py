@@ -1,4 +1,4 @@
-"""Quantization of signatures to N levels: linear, tanh and log (paper, section 4.4).
+"""Quantization of signatures to N levels: linear, tanh and log.
 
 The level values of a tensor are min + k (max − min) / (N − 1), k = 0 … N − 1, rounded half to
 even, of the tensor itself (linear), of its tanh (tanh), or of log2 |x| with N/2 levels and the

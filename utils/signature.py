@@ -1,6 +1,6 @@
 """Robust Weight Signatures: extract, scale, add, quantize, keep in a file, put on and take off.
 
-Equations (paper, section 4; tensor by tensor, l a state-dict key):
+Equations of the paper (tensor by tensor, l a state-dict key):
 
     Δ_std[l] = θ_std[l] − θ_pre[l]          Δ_c[l] = θ_c[l] − θ_pre[l]
     RWS_c[l] = Δ_c[l] − (⟨Δ_c[l], Δ_std[l]⟩ / ⟨Δ_std[l], Δ_std[l]⟩) · Δ_std[l]
@@ -43,7 +43,7 @@ def project_out(delta: Tensor, base: Tensor) -> Tensor:
     """`delta` less its component along `base`: Δ_c − (⟨Δ_c, Δ_std⟩ / ⟨Δ_std, Δ_std⟩) · Δ_std.
 
     Any shape (each tensor is one flattened vector), float; O(n) time and memory, the two dot
-    products in float64. Where `base` is all zero nothing is projected out. Paper, equation 3.
+    products in float64. Where `base` is all zero nothing is projected out.
     """
     if delta.shape != base.shape:
         raise InputError(f"shapes differ: {tuple(delta.shape)} and {tuple(base.shape)}")
