@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -279,7 +279,7 @@ def load_states(args: argparse.Namespace) -> tuple[dict[str, dict[str, Tensor]],
             severities[name] = checkpoint.get("severity", args.severity)
             lineage = checkpoint.get("pretrained_hash")
             if lineage and not args.signature and lineage != pretrained_hash:
-                print(f"warning: {path} was not fine-tuned from {source}", file=sys.stderr)
+                warnings.warn(f"{path} was not fine-tuned from {source}", stacklevel=2)
     return states, severities
 
 

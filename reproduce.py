@@ -23,7 +23,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -365,17 +365,42 @@ def measure_bounds(rows: Rows, study: model_patching.Study) -> dict[str, dict]:
     return bounds
 
 
-def keep_num(args: argparse.Namespace) -> None:
-    """TA and RA over the number of shallow layers kept, one patch per corruption."""
-    rows = Rows(args)
+def each_signature(
+    rows: Rows,
+) -> Iterator[tuple[dict, model_patching.Study, RobustWeightSignature, dict]]:
+    """Over seeds, numbers of layers and corruptions: what it is, study, signature, its bounds."""
+    args = rows.args
     for seed in args.seeds:
         study = load_study(args, seed)
         bounds = measure_bounds(rows, study)
         for k in args.keep_nums:
             for signature in model_patching.extract(study, k):
-                row = {"corruption": signature.name, "keep_num": k, "seed": seed}
-                measured = rows.measure(row, study, signature)
-                rows.add(row | {"patched": measured} | bounds[signature.name])
+                name = signature.name
+                yield (
+                    {"corruption": name, "keep_num": k, "seed": seed},
+                    study,
+                    signature,
+                    bounds[name],
+                )
+
+
+def panels(args: argparse.Namespace, width: float, height: float) -> tuple[Figure, Sequence]:
+    """A figure of the given size, inches, per corruption, with an axis for each in a row."""
+    count = len(args.corruptions)
+    figure, axes = plt.subplots(
+        1, count, figsize=(width * count, height), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, name in zip(axes[0], args.corruptions, strict=True):
+        axis.set_title(name, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes[0]
+
+
+def keep_num(args: argparse.Namespace) -> None:
+    """TA and RA over the number of shallow layers kept, one patch per corruption."""
+    rows = Rows(args)
+    for row, study, signature, bounds in each_signature(rows):
+        rows.add(row | {"patched": rows.measure(row, study, signature)} | bounds)
     ks = list(dict.fromkeys(row["keep_num"] for row in rows.all))
     lines = [accuracies(args, rows.all, "standard")]
     for k in ks:
@@ -421,15 +446,8 @@ def spread(values: Iterable[float | None]) -> str | None:
 
 def keep_num_figure(args: argparse.Namespace, results: Sequence[dict], path: Path) -> None:
     """One panel per corruption: RA and TA over keep_num between standard and robust model."""
-    figure, axes = plt.subplots(
-        1,
-        len(args.corruptions),
-        figsize=(4 * len(args.corruptions), 3.4),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis, name in zip(axes[0], args.corruptions, strict=True):
+    figure, axes = panels(args, 4, 3.4)
+    for axis, name in zip(axes, args.corruptions, strict=True):
         rows = [row for row in results if row["corruption"] == name]
         ks = sorted({row["keep_num"] for row in rows})
 
@@ -455,33 +473,24 @@ def keep_num_figure(args: argparse.Namespace, results: Sequence[dict], path: Pat
                     ha="right",
                     va="bottom" if measure == "TA" else "top",  # apart where the levels are near
                 )
-        axis.set_title(name, fontsize=10)
         axis.set_xlabel("keep_num (shallowest layers patched)")
         axis.set_xticks(ks)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("test accuracy, %")
-    axes[0][0].legend(fontsize=8, frameon=False, loc="lower right")
+    axes[0].set_ylabel("test accuracy, %")
+    axes[0].legend(fontsize=8, frameon=False, loc="lower right")
     save_figure(figure, path)
 
 
 def quantization(args: argparse.Namespace) -> None:
     """RA and TA over the bytes on disk of a signature: bits × layers kept."""
     rows = Rows(args)
-    for seed in args.seeds:
-        study = load_study(args, seed)
-        bounds = measure_bounds(rows, study)
-        for k in args.keep_nums:
-            for signature in model_patching.extract(study, k):
-                for bits in (32, *args.bits):
-                    form = signature
-                    if bits < 32:
-                        form = signature.quantize(2**bits, args.quantization_type)
-                    row = {"corruption": signature.name, "keep_num": k, "bits": bits, "seed": seed}
-                    row["levels"] = args.quantization_type if bits < 32 else None
-                    measured = rows.measure(row, study, form)
-                    row["bytes"] = bytes_on_disk(form)
-                    rows.add(row | {"patched": measured} | bounds[signature.name])
-    full = sum(4 * t.numel() for t in study.states["standard"].values())
+    for row, study, signature, bounds in each_signature(rows):
+        for bits in (32, *args.bits):
+            method = args.quantization_type if bits < 32 else None
+            form = signature.quantize(2**bits, method) if method else signature
+            of_form = row | {"bits": bits, "levels": method}
+            measured = rows.measure(of_form, study, form)
+            rows.add(of_form | {"bytes": bytes_on_disk(form), "patched": measured} | bounds)
+    full = 4 * sum(t.numel() for t in study.states["standard"].values())
     robust = accuracies(args, rows.all, "robust")[1:]
     lines = [["full robust copy, fp32", f"{full:,}", "1", *robust]]
     for k, bits in dict.fromkeys((row["keep_num"], row["bits"]) for row in rows.all):
@@ -505,16 +514,9 @@ def storage_figure(
     args: argparse.Namespace, results: Sequence[dict], full: int, path: Path
 ) -> None:
     """RA over bytes on disk, a curve per number of bits along keep_num, and their frontier."""
-    figure, axes = plt.subplots(
-        1,
-        len(args.corruptions),
-        figsize=(4.4 * len(args.corruptions), 3.6),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure, axes = panels(args, 4.4, 3.6)
     styles = dict(zip((32, *args.bits), itertools.cycle(COLOURS), strict=False))
-    for axis, name in zip(axes[0], args.corruptions, strict=True):
+    for axis, name in zip(axes, args.corruptions, strict=True):
         rows = [row for row in results if row["corruption"] == name]
         for bits, (colour, marker) in styles.items():
             points = sorted(
@@ -548,11 +550,9 @@ def storage_figure(
         axis.axhline(rows[0]["standard"]["RA"], color=GREY, linestyle="--", linewidth=1)
         axis.annotate("standard model", (1e3, rows[0]["standard"]["RA"]), fontsize=7, va="bottom")
         axis.set_xscale("log")
-        axis.set_title(name, fontsize=10)
         axis.set_xlabel("bytes on disk per corruption")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("RA, %")
-    axes[0][0].legend(fontsize=7, frameon=False)
+    axes[0].set_ylabel("RA, %")
+    axes[0].legend(fontsize=7, frameon=False)
     save_figure(figure, path)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 
 
@@ -22,11 +23,20 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def _show_warning(message: Warning | str, *_: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def script_errors() -> Iterator[None]:
-    """Turn an `InputError` into `error: …` and exit 2, an interrupt into exit 130."""
+    """Turn an `InputError` into `error: …` and exit 2, an interrupt into exit 130.
+
+    Warnings are printed as one line `warning: …`, without the place in the code.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
