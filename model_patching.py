@@ -112,6 +112,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
 
     signature.add_argument(
+        "--per_channel", action="store_true", help="a range of levels per output channel"
+    )
+    signature.add_argument(
         "--bn_float", action="store_true", help="keep the batch-norm tensors of a ResNet in float32"
     )
     signature.add_argument(
@@ -129,7 +132,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     output.add_argument(
         "--save_log",
         metavar="FILE",
-        help="accumulate TA and RA over runs in FILE, and write this run's to FILE.json",
+        help="accumulate TA and RA over runs in FILE; this run's go to FILE.json",
     )
     output.add_argument("--save_model", metavar="FILE", help="write the patched model's checkpoint")
     arguments.add_device(parser)
@@ -154,6 +157,7 @@ def check(args: argparse.Namespace) -> None:
             "--corruption": args.corruption,
             "--quantization": args.quantization,
             "--bn_float": args.bn_float,
+            "--per_channel": args.per_channel,
             "--save_signature": args.save_signature,
             "--keep_num": args.keep_num,
         }
@@ -170,8 +174,9 @@ def check(args: argparse.Namespace) -> None:
             if not value:
                 raise InputError(f"{flag} is needed to extract signatures (or name --signature)")
         args.keep_num = args.keep_num or [min(7, len(depth_order(args.arch)))]
-        if args.bn_float and args.quantization is None:
-            raise InputError("--bn_float says what --quantization leaves alone; give both")
+        for flag in ("bn_float", "per_channel"):
+            if getattr(args, flag) and args.quantization is None:
+                raise InputError(f"--{flag} goes with --quantization; give both")
     if args.quantization is not None:
         check_levels(args.quantization, args.quantization_type)
     count = len(args.signature or args.corruption)
@@ -376,7 +381,10 @@ def extract(study: Study, keep_num: int) -> list[RobustWeightSignature]:
         )
         if args.quantization is not None:
             signature = signature.quantize(
-                args.quantization, args.quantization_type, bn_float=args.bn_float
+                args.quantization,
+                args.quantization_type,
+                per_channel=args.per_channel,
+                bn_float=args.bn_float,
             )
         signatures.append(signature)
     return signatures
@@ -529,8 +537,11 @@ def run(args: argparse.Namespace) -> dict:
         "data": fingerprint(study.clean),
         **report.provenance(study.device),
     }
+    places = [f"{file}.json" for file in (args.save_log, args.save_model) if file]
+    places += [Path(args.save_signature) / "results.json"] if args.save_signature else []
+    for place in places:
+        report.write_json(place, result)
     if args.save_log:
-        report.write_json(f"{args.save_log}.json", result)
         update_log(Path(args.save_log), standard, rows[1])
     return result
 

@@ -486,8 +486,11 @@ def quantization(args: argparse.Namespace) -> None:
     for row, study, signature, bounds in each_signature(rows):
         for bits in (32, *args.bits):
             method = args.quantization_type if bits < 32 else None
-            form = signature.quantize(2**bits, method) if method else signature
             of_form = row | {"bits": bits, "levels": method}
+            form = signature
+            if method:
+                form = signature.quantize(2**bits, method, per_channel=args.per_channel)
+                of_form |= {"per_channel": True} if args.per_channel else {}
             measured = rows.measure(of_form, study, form)
             rows.add(of_form | {"bytes": bytes_on_disk(form), "patched": measured} | bounds)
     full = 4 * sum(t.numel() for t in study.states["standard"].values())
@@ -585,6 +588,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if name == "quantization":
             bits = [8, 6, 4, 3, 2]
             one.add_argument("--bits", type=int, nargs="+", default=bits, help="of a value")
+            one.add_argument(
+                "--per_channel", action="store_true", help="a range of levels per output channel"
+            )
             one.add_argument(
                 "--quantization_type",
                 default="linear",
