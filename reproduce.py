@@ -328,9 +328,17 @@ class Rows:
     def add(self, row: dict) -> None:
         """Keep one more row, in the file too."""
         self.all.append(row)
-        self.write(self.all + [old for old in self.old if old not in self.all])
+        self.write()
 
-    def write(self, rows: Sequence[dict]) -> None:
+    def write(self) -> None:
+        """Write the rows of this run, and after them those of earlier runs with other settings."""
+        names = {"models", "corruption", "keep_num", "bits", "levels", "per_channel", "seed"}
+
+        def what(row: dict) -> list:
+            return [row.get(name) for name in sorted(names)]
+
+        measured = [what(row) for row in self.all]
+        rows = self.all + [old for old in self.old if what(old) not in measured]
         device = choose_device(self.args.device)
         content = {"rows": rows, "arguments": vars(self.args), **report.provenance(device)}
         report.write_json(self.path, content)
@@ -340,7 +348,7 @@ class Rows:
         table = report.markdown_table(columns, lines)
         print(f"\n{table}\n\n{self.args.out}")
         write_text(Path(self.args.out) / "table.md", table + "\n")
-        self.write(self.all)
+        self.write()
 
 
 def measure_bounds(rows: Rows, study: model_patching.Study) -> dict[str, dict]:
