@@ -555,11 +555,11 @@ def storage_figure(
             label="best at most so many bytes",
         )
         axis.scatter([full], [rows[0]["robust"]["RA"]], marker="*", s=80, color="black", zorder=3)
-        axis.annotate(
-            "full copy", (full, rows[0]["robust"]["RA"]), fontsize=7, ha="right", va="top"
-        )
-        axis.axhline(rows[0]["standard"]["RA"], color=GREY, linestyle="--", linewidth=1)
-        axis.annotate("standard model", (1e3, rows[0]["standard"]["RA"]), fontsize=7, va="bottom")
+        robust, standard = rows[0]["robust"]["RA"], rows[0]["standard"]["RA"]
+        axis.annotate("full copy", (full, robust + 1), fontsize=7, ha="right", va="bottom")
+        axis.axhline(standard, color=GREY, linestyle="--", linewidth=1)
+        place = {"xycoords": axis.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+        axis.annotate("standard model", (0.99, standard), fontsize=7, **place)
         axis.set_xscale("log")
         axis.set_xlabel("bytes on disk per corruption")
     axes[0].set_ylabel("RA, %")
