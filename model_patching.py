@@ -217,6 +217,7 @@ class Study:
     clean: ImageSet
     corrupted: dict[str, ImageSet]
     severities: dict[str, int]  # that each corruption's robust model was trained at
+    source: str  # the data set of the standard model that signatures are extracted against
     clean_train: ImageSet | None = None
 
     def training_images(self, name: str) -> ImageSet:
@@ -349,6 +350,7 @@ def load_study(args: argparse.Namespace) -> Study:
         states=states,
         signatures=signatures,
         severities=severities,
+        source=ckpt.read(args.base_model).get("dataset", dataset),
         clean=clean,
         corrupted={c: corrupted_part(args, clean, c, "test", args.severity) for c in measured},
     )
@@ -377,7 +379,7 @@ def extract(study: Study, keep_num: int) -> list[RobustWeightSignature]:
             arch=args.arch,
             corruption=name,
             severity=study.severities[name],
-            dataset=datasets.base_name(args.dataset),
+            dataset=study.source,
         )
         if args.quantization is not None:
             signature = signature.quantize(

@@ -263,12 +263,14 @@ def test_transfer_to_another_data_set_and_a_later_backbone(models, cifar, tmp_pa
         *("--pretrained", folder / "pre.pth", "--save_dir", tmp_path / "b"),
     )
     later = ("--patched_model", tmp_path / "b" / "model_SA_best.pth.tar", "--keep_num", 2)
+    later += ("--save_signature", tmp_path / "rws")
     arguments = [str(a) for a in patch_arguments(models, cifar, "fog", *later)]
     arguments[arguments.index("cifar10")] = "folder"
     arguments[arguments.index(str(cifar))] = str(few)
     rows = patch(*arguments)["rows"]
     # the robust model has ten classes, the target four: no upper bound to show
     assert [row["model"] for row in rows] == ["standard", "patched, keep_num 2"]
+    assert RobustWeightSignature.load(tmp_path / "rws" / "fog.rws").dataset == "cifar10"
 
 
 def test_published_corrupted_set_is_read(models, cifar, tmp_path):
