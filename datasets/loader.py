@@ -24,7 +24,7 @@ _BATCHES_AT_ONCE = 16
 
 
 def augmentation_for(dataset: str) -> str:
-    """The training augmentation of a clean set's name (METHOD.md, "Training recipe")."""
+    """The training augmentation of a clean set's name."""
     return "rotate_flip" if dataset == "tinyimagenet" else "crop_flip"
 
 
