@@ -289,6 +289,12 @@ def load_study(args: argparse.Namespace, seed: int) -> model_patching.Study:
     return model_patching.load_study(model_patching.parse_args(flags))
 
 
+def identity(row: dict) -> tuple:
+    """What a row measures: two rows with the same identity have the same accuracies."""
+    names = ("models", "corruption", "keep_num", "bits", "levels", "per_channel", "seed")
+    return tuple(row.get(name) for name in names)
+
+
 class Rows:
     """The measurements of an experiment, kept in results.json as they come.
 
@@ -318,7 +324,7 @@ class Rows:
         name = signature.name
         row["models"] = f"{signature.standard} {signature.robust[0]}"
         for old in self.old:
-            if all(old.get(key) == value for key, value in row.items()):
+            if identity(old) == identity(row):
                 return old["patched"]
         title = ", ".join(f"{key} {row[key]}" for key in row if key not in ("seed", "models"))
         with model_patching.patched(study, [signature], [1.0]):
@@ -332,13 +338,8 @@ class Rows:
 
     def write(self) -> None:
         """Write the rows of this run, and after them those of earlier runs with other settings."""
-        names = {"models", "corruption", "keep_num", "bits", "levels", "per_channel", "seed"}
-
-        def what(row: dict) -> list:
-            return [row.get(name) for name in sorted(names)]
-
-        measured = [what(row) for row in self.all]
-        rows = self.all + [old for old in self.old if what(old) not in measured]
+        measured = {identity(row) for row in self.all}
+        rows = self.all + [old for old in self.old if identity(old) not in measured]
         device = choose_device(self.args.device)
         content = {"rows": rows, "arguments": vars(self.args), **report.provenance(device)}
         report.write_json(self.path, content)

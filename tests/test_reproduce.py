@@ -95,6 +95,15 @@ def test_demo_on_few_images(tmp_path, monkeypatch, capsys):
     assert "pretraining" not in capsys.readouterr().out
 
 
+def test_rows_of_other_forms_in_the_same_file_are_not_mistaken():
+    plain = {"corruption": "fog", "keep_num": 2, "seed": 0, "models": "a b"}
+    coarse = plain | {"bits": 2, "levels": "linear"}
+    assert (
+        len({reproduce.identity(r) for r in (plain, coarse, coarse | {"per_channel": True})}) == 3
+    )
+    assert reproduce.identity(plain | {"bytes": 5, "patched": {}}) == reproduce.identity(plain)
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
