@@ -35,7 +35,7 @@ from datasets.images import ImageSet, fingerprint
 from datasets.loader import BatchLoader, augmentation_for
 from datasets.normalization import normalization
 from models import ARCHS, build_model
-from models.layers import depth_order, layer_keys
+from models.layers import LAYERS, depth_order, layer_keys
 from utils import arguments, report
 from utils import checkpoint as ckpt
 from utils.atomic import check_writable
@@ -53,6 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments.Parser(__doc__)
     data = parser.add_argument_group("data")
     arguments.add_dataset(data)
+    arguments.add_subset(data)
     data.add_argument("--data", metavar="DIR", help="the clean set")
     data.add_argument(
         "--corruption_data",
@@ -104,6 +105,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="A",
         help="a strength for each of --corruption, in its order; wins over --alpha",
     )
+    add_ablations(signature)
     signature.add_argument(
         "--quantization", type=int, metavar="N", help="quantize each tensor to N levels"
     )
@@ -141,6 +143,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def add_ablations(group: argparse._ActionsContainer) -> None:
+    """--no-projection, --layers."""
+    group.add_argument(
+        "--no-projection",
+        dest="projection",
+        action="store_false",
+        help="ablation: keep the direction of clean fine-tuning in (plain task arithmetic)",
+    )
+    group.add_argument(
+        "--layers",
+        default="shallowest",
+        choices=LAYERS,
+        help="ablation: which --keep_num layers are kept",
+    )
+
+
 def check(args: argparse.Namespace) -> None:
     """Raise InputError for every value that can be judged before anything is read."""
     datasets.base_name(args.dataset)
@@ -160,6 +178,8 @@ def check(args: argparse.Namespace) -> None:
             "--per_channel": args.per_channel,
             "--save_signature": args.save_signature,
             "--keep_num": args.keep_num,
+            "--no-projection": not args.projection,
+            "--layers": args.layers != "shallowest",
         }
         for flag, value in clash.items():
             if value:
@@ -223,8 +243,7 @@ class Study:
     def training_images(self, name: str) -> ImageSet:
         """The training images under corruption `name`, for the statistics of batch norm."""
         if self.clean_train is None:
-            root, size = self.args.data, self.args.image_size
-            self.clean_train = datasets.load(self.clean.name, root, "train", size)
+            self.clean_train = arguments.load_images(self.args, self.args.data, "train")
         return corrupted_part(self.args, self.clean_train, name, "train", self.severities[name])
 
     def measure(self, title: str, names: Sequence[str] | None = None) -> dict:
@@ -329,15 +348,13 @@ def load_study(args: argparse.Namespace) -> Study:
     for signature in signatures:
         for name in signature.corruptions:
             severities[name] = signature.severity or args.severity
-    clean = datasets.load(dataset, args.data, "test", args.image_size)
+    clean = arguments.load_images(args, args.data, "test")
     path = args.patched_model or args.base_model
     checkpoint = ckpt.read(path)
     target_state = ckpt.state_dict_of(checkpoint, path)
     constants = ([0.0] * 3, [1.0] * 3)
     if "normalize.mean" not in target_state:
-        constants = normalization(
-            dataset, datasets.load(dataset, args.data, "train", args.image_size)
-        )
+        constants = normalization(dataset, arguments.load_images(args, args.data, "train"))
     target = build_model(args.arch, len(clean.classes), *constants)
     ckpt.load_model_weights(target, args.arch, target_state, path)
     target.pretrained_hash = checkpoint.get("pretrained_hash")
@@ -380,6 +397,9 @@ def extract(study: Study, keep_num: int) -> list[RobustWeightSignature]:
             corruption=name,
             severity=study.severities[name],
             dataset=study.source,
+            project=args.projection,
+            layers=args.layers,
+            seed=args.seed,
         )
         if args.quantization is not None:
             signature = signature.quantize(

@@ -43,6 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments.Parser(__doc__)
     data = parser.add_argument_group("data")
     arguments.add_dataset(data)
+    arguments.add_subset(data)
     data.add_argument(
         "--data",
         metavar="DIR",
@@ -143,12 +144,11 @@ def milestones(text: str) -> list[int]:
 def load_data(args: argparse.Namespace, device: torch.device) -> dict[str, ImageSet]:
     """ "train" (corrupted for a robust model), the clean "val" and "test", and a "val NAME" and
     "test NAME" for each corruption NAME, all sharing one split."""
-    dataset = datasets.base_name(args.dataset)
     cache.WORKERS = args.workers
     root = args.std_data or args.data
     parts = ("train", "val", "test")
     try:
-        sets = {part: datasets.load(dataset, root, part, args.image_size) for part in parts}
+        sets = {part: arguments.load_images(args, root, part) for part in parts}
     except InputError as error:
         if args.std_data:
             raise InputError(str(error).replace("--data", "--std_data", 1)) from error
@@ -347,9 +347,11 @@ def train(args: argparse.Namespace) -> dict:
 
 def identity(args: argparse.Namespace) -> dict:
     """What makes a run this run; kept in its checkpoints and compared on --resume."""
-    names = ("arch", "corruption", "severity", "resample_corruption", "image_size", "seed", "lr")
-    names += ("momentum", "weight_decay", "batch_size", "decreasing_lr")
-    return {"dataset": datasets.base_name(args.dataset), **{n: getattr(args, n) for n in names}}
+    names = ("arch", "corruption", "resample_corruption", "image_size", "classes", "train_images")
+    names += ("seed", "lr", "momentum", "weight_decay", "batch_size", "decreasing_lr")
+    severity = {"severity": args.severity} if args.corruption else {}
+    dataset = {"dataset": datasets.base_name(args.dataset)}
+    return dataset | {name: getattr(args, name) for name in names} | severity
 
 
 def resume(args: argparse.Namespace, run: dict, model: nn.Module, parts: dict, progress: dict):

@@ -13,7 +13,15 @@ from pathlib import Path
 import torch
 
 from datasets import cifar, image_folder, synthetic, tiny_imagenet
-from datasets.images import SPLITS, ImageSet, check_split, fingerprint, split_rows
+from datasets.images import (
+    SPLITS,
+    ImageSet,
+    check_split,
+    fingerprint,
+    half_of_classes,
+    spaced,
+    split_rows,
+)
 from utils.errors import InputError, suggest
 
 DATASETS = ("cifar10", "cifar100", "tinyimagenet", "synthetic", "folder")
@@ -44,19 +52,30 @@ def base_name(name: str) -> str:
 
 
 def load(
-    name: str, root: str | Path | None = None, split: str = "train", image_size: int | None = None
+    name: str,
+    root: str | Path | None = None,
+    split: str = "train",
+    image_size: int | None = None,
+    half: str | None = None,
+    limit: int | None = None,
 ) -> ImageSet:
     """Load a split ("train", "val", "test" or "all") of a clean data set.
 
     name: one of DATASETS, a "-c" at its end passed over; root: its folder (none for synthetic).
     images are uint8 (N, 3, side, side). image_size: resize to that side at decoding, with Pillow's
     BOX filter to reduce (BILINEAR to enlarge), the central square if need be; None keeps the set's
-    own size. Image files are decoded once and cached (`cache`).
+    own size. Image files are decoded once and cached (`cache`). half: "even" or "odd", every other
+    class only; limit: at most so many images, evenly spaced.
     Raises InputError for anything wrong with the name, the folder or a file.
     """
     base = base_name(name)
     if image_size is not None and image_size < 1:
         raise InputError(f"--image_size {image_size}: must be at least 1")
+    images = _load(base, root, split, image_size)
+    return spaced(half_of_classes(images, half) if half else images, limit)
+
+
+def _load(base: str, root: str | Path | None, split: str, image_size: int | None) -> ImageSet:
     if base == "synthetic":
         made = synthetic.load(split, image_size)
         made.rows = _synthetic_rows(split)

@@ -54,6 +54,8 @@ def corrupted_set(
     if root is not None:
         found = load_published(clean, root, corruption, severity, split)
         if found is not None:
+            if clean.half:
+                raise InputError(f"{found.source} holds all classes; --classes generates its copy")
             return found
     return generate(clean, corruption, severity, split, seed, frost_dir, device)
 

@@ -29,6 +29,7 @@ class ImageSet:
     total   number of rows of that part
     files   "<class>/<file>" of each image where the set is kept as image files, else empty
     source  in words, where the pixels come from
+    half    "even" or "odd" where only every other class of the published set is here
     """
 
     images: torch.Tensor
@@ -39,6 +40,7 @@ class ImageSet:
     total: int | None = None
     files: list[str] = field(default_factory=list, repr=False)
     source: str = ""
+    half: str | None = None
 
     def __post_init__(self) -> None:
         count = len(self.images)
@@ -70,6 +72,26 @@ class ImageSet:
             rows=self.rows[indices],
             files=[self.files[i] for i in indices.tolist()] if self.files else [],
         )
+
+
+HALVES = ("even", "odd")
+
+
+def half_of_classes(images: ImageSet, half: str) -> ImageSet:
+    """The images of every other class, from the first ("even") or the second ("odd") on.
+
+    Labels are counted anew; `rows` and `total` remain those of the published part.
+    """
+    first = HALVES.index(half)
+    kept = images.subset(torch.nonzero(images.labels % 2 == first).flatten())
+    return replace(kept, labels=kept.labels // 2, classes=images.classes[first::2], half=half)
+
+
+def spaced(images: ImageSet, limit: int | None) -> ImageSet:
+    """At most `limit` of the images, evenly spaced over the set; all of them for None."""
+    if limit is None or limit >= len(images):
+        return images
+    return images.subset(torch.arange(limit) * len(images) // limit)
 
 
 def split_rows(total: int, val_rows: torch.Tensor, split: str) -> torch.Tensor:

@@ -8,12 +8,15 @@ residual block is one more, so VGG-16 has 13 layers and ResNet-50 has 17. The RW
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Iterable
 
 import torch
 
 from models import ARCHS, build_model, head_prefix
 from utils.errors import InputError
+
+LAYERS = ("shallowest", "deepest", "random")  # which ones a signature keeps
 
 
 @functools.cache
@@ -41,18 +44,24 @@ def depth_order(arch: str) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(keys) for keys in layers.values())
 
 
-def layer_keys(arch: str, keep_num: int) -> list[str]:
+def layer_keys(arch: str, keep_num: int, layers: str = "shallowest", seed: int = 0) -> list[str]:
     """State-dict keys of the `keep_num` shallowest layers of `arch`, shallowest first.
 
     Batch-norm affine parameters and downsample branches of those layers are included.
+    layers: "shallowest", or for ablations "deepest" or "random" (drawn from `seed`).
     Raises InputError when `keep_num` is not in 1 … number of layers.
     """
-    layers = depth_order(arch)
-    if not 1 <= keep_num <= len(layers):
+    order = depth_order(arch)
+    if not 1 <= keep_num <= len(order):
         raise InputError(
-            f"--keep_num {keep_num}: {arch} has {len(layers)} layers, so 1 to {len(layers)}"
+            f"--keep_num {keep_num}: {arch} has {len(order)} layers, so 1 to {len(order)}"
         )
-    return [key for layer in layers[:keep_num] for key in layer]
+    chosen = {
+        "shallowest": range(keep_num),
+        "deepest": range(len(order) - keep_num, len(order)),
+        "random": sorted(random.Random(seed).sample(range(len(order)), keep_num)),
+    }[layers]
+    return [key for k in chosen for key in order[k]]
 
 
 def is_carried(arch: str, key: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 from datasets.corruptions import CORRUPTIONS
+from datasets.images import HALVES, ImageSet
 from utils.checkpoint import IMAGENET
 from utils.errors import InputError, suggest
 
@@ -43,6 +44,29 @@ def add_dataset(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--image_size", type=int, metavar="PIXELS", help="resize images to this side at decoding"
     )
+
+
+def add_subset(group: argparse._ActionsContainer) -> None:
+    """--classes, --train_images, --test_images: less than the whole data set."""
+    group.add_argument(
+        "--classes", choices=HALVES, help="use every other class only, from the first or second on"
+    )
+    group.add_argument(
+        "--train_images", type=int, metavar="N", help="train on so many, evenly spaced"
+    )
+    group.add_argument(
+        "--test_images", type=int, metavar="N", help="validate and test on so many each"
+    )
+
+
+def load_images(args: argparse.Namespace, root: str | None, split: str) -> ImageSet:
+    """The clean split "train", "val" or "test" at `root`, as add_dataset and add_subset say."""
+    limit = args.train_images if split == "train" else args.test_images
+    if limit is not None and limit < 1:
+        flag = "train_images" if split == "train" else "test_images"
+        raise InputError(f"--{flag} {limit}: must be at least 1")
+    name = datasets.base_name(args.dataset)
+    return datasets.load(name, root, split, args.image_size, args.classes, limit)
 
 
 def add_corruption(group: argparse._ActionsContainer) -> None:

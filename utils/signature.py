@@ -76,6 +76,7 @@ class RobustWeightSignature:
     tensors: dict[str, Tensor]
     arch: str
     keep_num: int
+    layers: str = "shallowest"
     corruptions: tuple[str, ...] = ()
     severity: int | None = None
     dataset: str | None = None
@@ -108,11 +109,14 @@ class RobustWeightSignature:
         severity: int | None = None,
         dataset: str | None = None,
         project: bool = True,
+        layers: str = "shallowest",
+        seed: int = 0,
     ) -> RobustWeightSignature:
         """RWS of θ_robust against θ_standard, both fine-tuned from θ_pretrained.
 
         The three are state dicts or checkpoint files; `arch` is read off the keys when not given.
-        `project=False` leaves the projection out (plain task arithmetic, an ablation).
+        Ablations: `project=False` leaves the projection out (plain task arithmetic); `layers`
+        "deepest" or "random" (drawn from `seed`) keeps other layers than the shallowest.
         Raises InputError when a key is missing, a shape differs or a value is not finite.
         """
         states = {}
@@ -125,7 +129,7 @@ class RobustWeightSignature:
         arch = arch or infer_arch(states["standard"])
         if arch is None:
             raise InputError("the standard model's keys fit none of the known architectures")
-        keys = layer_keys(arch, keep_num)
+        keys = layer_keys(arch, keep_num, layers, seed)
         keys += [key for key in carried_keys(arch) if key not in keys]
         _check_same_shapes(states, keys)
         tensors = {}
@@ -143,6 +147,7 @@ class RobustWeightSignature:
             tensors=tensors,
             arch=arch,
             keep_num=keep_num,
+            layers=layers,
             corruptions=(corruption,) if corruption else (),
             severity=severity,
             dataset=dataset,
@@ -180,6 +185,7 @@ class RobustWeightSignature:
             tensors=tensors,
             arch=self.arch,
             keep_num=max(self.keep_num, other.keep_num),
+            layers=self.layers,
             corruptions=(*self.corruptions, *other.corruptions),
             severity=self.severity if self.severity == other.severity else None,
             dataset=self.dataset if self.dataset == other.dataset else None,
@@ -239,6 +245,7 @@ class RobustWeightSignature:
         meta = {
             "arch": self.arch,
             "keep_num": self.keep_num,
+            "layers": self.layers,
             "corruptions": list(self.corruptions),
             "severity": self.severity,
             "dataset": self.dataset,
@@ -314,6 +321,7 @@ class RobustWeightSignature:
             tensors=tensors,
             arch=meta["arch"],
             keep_num=meta["keep_num"],
+            layers=meta.get("layers", "shallowest"),
             corruptions=tuple(meta["corruptions"]),
             severity=meta["severity"],
             dataset=meta["dataset"],
