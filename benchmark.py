@@ -1,5 +1,8 @@
 """Throughput and memory of each stage beside the classic way of doing it, measured in one run.
 
+    python benchmark.py train --data data/cifar10      # ours, the classic way, and the ceiling
+    python benchmark.py evaluate --arch vgg16 resnet50 --device cuda
+    python benchmark.py loader --dataset tinyimagenet --data data/tiny-imagenet-200
     python benchmark.py corruptions --threads 1        # batched, and one image at a time
     python benchmark.py corruptions --device cuda --size 64
     python benchmark.py signature --full               # patch, project, store
@@ -8,6 +11,13 @@
 Ours and the classic way take turns, a window of time each, so that whatever else the machine does
 slows both; the tables show the median window, results.json in --out all of them. Warm-up is left
 out, and a GPU has finished before the clock is read.
+
+The classic way of `train`, `evaluate` and `loader` is the common PyTorch script: a DataLoader whose
+worker processes transform image by image with Pillow, float32 in contiguous memory, SGD as it
+comes, loss and accuracy read in every step; of several numbers of workers the fastest counts. It
+gets what favours it: workers that are up and have their queues filled before the clock starts,
+files that lie in the page cache, cuDNN's autotuning, and TF32 convolutions on GPUs that have it.
+The ceiling is our own step on one batch that stays on the device.
 
 The images of `corruptions` are corrupted one by one by the definitions in tests/reference, with
 NumPy, SciPy and Pillow, in as many processes as the batched side has threads; fog and brightness,
@@ -22,6 +32,7 @@ pixel.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import functools
 import importlib
@@ -31,19 +42,27 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import harmonic_mean, median
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
 import datasets
+from datasets.cache import resized
 from datasets.corrupted import corrupted_set
 from datasets.corruptions import CORRUPTIONS, FAMILIES, corrupt, frost_texture
-from datasets.loader import BatchLoader, augmentation_for
+from datasets.images import ImageSet
+from datasets.loader import CROP_PADDING, MAX_ANGLE, BatchLoader, augmentation_for
 from datasets.normalization import normalization
 from models import ARCHS, build_model
 from models.layers import is_carried, layer_keys
@@ -51,12 +70,22 @@ from tests.reference import RandomDraws, digital, weather
 from utils import arguments, quantize, report
 from utils import checkpoint as ckpt
 from utils.atomic import write_text
-from utils.engine import choose_device, to_device, train_epoch, use_amp
-from utils.errors import script_errors
+from utils.engine import EVAL_BATCH, choose_device, evaluate, to_device, train_epoch, use_amp
+from utils.errors import InputError, script_errors
 from utils.signature import RobustWeightSignature, patch, project_out
 
 CORRUPTED = {"cpu": 2_048, "cuda": 16_384}  # images corrupted at once
 TRAINED = {"cpu": 1_024, "cuda": 50_000}  # images in an epoch
+EVALUATED = {"cpu": 2_000, "cuda": 10_000}  # images of an evaluation
+LOADED = {"cpu": 10_000, "cuda": 50_000}  # images of an epoch of batches alone
+PICTURED = {"cifar10": (32, 10), "cifar100": (32, 100), "tinyimagenet": (64, 200)}  # side, classes
+# So small that weights hardly move: a batch seen again and again would else be learnt by heart,
+# and gradients that vanish are denormal numbers, which take a CPU longer.
+LEARNING_RATE = 1e-6
+CLASSIC_STEPS = 8  # at least, in a window
+CLASSIC = "classic"  # its sides are called this and the number of workers
+# Sides of the square matrices whose products give the peak of a device.
+PRODUCTS = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
 RESAMPLED = ("gaussian_noise", "glass_blur", "snow", "jpeg_compression")  # one of each family
 ONE_BY_ONE = 64  # different images that the slow way goes through, again and again
 # Bytes of an n×n float32 matrix that is made: 1,728 values take 12 MB, 36,864 take 5.4 GB.
@@ -85,16 +114,21 @@ def calls_in(seconds: float, function: Callable[[], object], device: torch.devic
     return max(1, round(seconds / spent))
 
 
+def in_turns(sides: Sequence[Callable[[], float]], windows: int) -> list[list[float]]:
+    """For each side what it gives in each window, where all sides have their turn."""
+    rounds = [[side() for side in sides] for _ in range(windows)]
+    return [list(side) for side in zip(*rounds, strict=True)]
+
+
 def take_turns(
     functions: Sequence[Callable[[], object]], device: torch.device, windows: int, seconds: float
 ) -> list[list[float]]:
     """For each function the seconds per call in each window; 0 `seconds` is one call a window."""
-    calls = [calls_in(seconds, function, device) for function in functions]
-    times = [
-        [seconds_per_call(*call, device) for call in zip(functions, calls, strict=True)]
-        for _ in range(windows)
-    ]
-    return [list(window) for window in zip(*times, strict=True)]
+    sides = []
+    for function in functions:
+        calls = calls_in(seconds, function, device)
+        sides.append(functools.partial(seconds_per_call, function, calls, device))
+    return in_turns(sides, windows)
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
@@ -516,10 +550,442 @@ def resample(args: argparse.Namespace, device: torch.device) -> list[dict]:
     return rows
 
 
+# ---- train, evaluate, loader ----------------------------------------------------------------
+
+
+def training(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """A row for each --arch: images/s of a training epoch."""
+    clean = clean_images(args, TRAINED, device)
+    augment = augmentation_for(clean.name)
+    amp = use_amp(device, args.amp)
+    _check_sides(args.arch, clean.images.shape[-1])
+    _pipeline_header(args, device, clean)
+    loader = BatchLoader(clean, args.batch_size, augment, device, shuffle=True)
+    steps = len(loader)
+    count = min(len(clean), steps * args.batch_size)
+    resident = _resident(loader)
+    repeated = [resident] * steps
+    rows = []
+    with classic_loaders(args, device, clean, augment) as classic:
+        for arch in args.arch:
+
+            def window(batches: Iterable, images: int, arch: str = arch) -> Callable[[], float]:
+                model = to_device(_model(arch, clean), device)
+                optimizer = _optimizer(model, fused=device.type in ("cpu", "cuda"))
+                epoch = functools.partial(train_epoch, model, batches, optimizer, amp=amp)
+                return window_of(epoch, images, args.seconds, device)
+
+            step = classic_training(_model(arch, clean).to(device), device)
+            sides = {
+                "ours": window(loader, count),
+                "ceiling": window(repeated, steps * len(resident[1])),
+                **classic_sides(args, device, classic, step),
+            }
+            rows.append(_model_row(args, device, arch, clean, amp, sides, training=True))
+    return rows
+
+
+def evaluation(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """A row for each --arch: images/s of an evaluation."""
+    clean = clean_images(args, EVALUATED, device)
+    amp = use_amp(device, args.amp)
+    _check_sides(args.arch, clean.images.shape[-1])
+    _pipeline_header(args, device, clean)
+    batch_size = EVAL_BATCH.get(device.type, EVAL_BATCH["cuda"])
+    images, labels = _resident(BatchLoader(clean, batch_size, device=device))
+    steps = -(-len(clean) // len(labels))
+    rows = []
+    with classic_loaders(args, device, clean, augment=None) as classic:
+        for arch in args.arch:
+            model = to_device(_model(arch, clean), device).eval()
+            ours = functools.partial(evaluate, model, clean, amp=amp)
+            ceiling = functools.partial(evaluate_resident, model, images, labels, steps, amp)
+            step = classic_evaluation(_model(arch, clean).to(device), device)
+            sides = {
+                "ours": window_of(ours, len(clean), args.seconds, device),
+                "ceiling": window_of(ceiling, steps * len(labels), args.seconds, device),
+                **classic_sides(args, device, classic, step),
+            }
+            rows.append(_model_row(args, device, arch, clean, amp, sides, training=False))
+    return rows
+
+
+def loading(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """One row: images/s of the batches of a training epoch alone, float32 on the device."""
+    clean = clean_images(args, LOADED, device)
+    augment = augmentation_for(clean.name)
+    _pipeline_header(args, device, clean)
+    loader = BatchLoader(clean, args.batch_size, augment, device, shuffle=True)
+    count = min(len(clean), len(loader) * args.batch_size)
+    epoch = functools.partial(collections.deque, loader, maxlen=0)
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        images.to(device, non_blocking=True)
+        labels.to(device, non_blocking=True)
+
+    with classic_loaders(args, device, clean, augment) as classic:
+        sides = {
+            "ours": window_of(epoch, count, args.seconds, device),
+            **classic_sides(args, device, classic, step),
+        }
+        rates = _measure(sides, args.windows)
+    what = {"data": _told(args, clean), "augmentation": augment}
+    return [what | _against_classic(rates) | {"windows": rates, "spread": _spread(rates)}]
+
+
+def clean_images(
+    args: argparse.Namespace, default: dict[str, int], device: torch.device
+) -> ImageSet:
+    """The first --images of the training set under --data, or without it made-up ones like them."""
+    count = args.images or default.get(device.type, default["cuda"])
+    name = datasets.base_name(args.dataset)
+    if args.data is None and name in PICTURED:
+        side, classes = PICTURED[name]
+        return ImageSet(
+            images=pictures(count, args.image_size or side),
+            labels=torch.arange(count) % classes,
+            classes=[f"class{label:03d}" for label in range(classes)],
+            name=name,
+        )
+    whole = datasets.load(args.dataset, args.data, "all", args.image_size)
+    return whole.subset(torch.arange(min(count, len(whole))))
+
+
+def _told(args: argparse.Namespace, clean: ImageSet) -> str:
+    height, width = clean.images.shape[-2:]
+    made_up = ", made up" if args.data is None and clean.name in PICTURED else ""
+    return f"{clean.name} {height}×{width}{made_up}"
+
+
+def _pipeline_header(args: argparse.Namespace, device: torch.device, clean: ImageSet) -> None:
+    models = {"models": ", ".join(args.arch)} if "arch" in args else {}
+    report.header(
+        f"benchmark.py {args.command}",
+        {
+            "data": f"{len(clean):,} images of {_told(args, clean)}, batch {args.batch_size}",
+            **models,
+            "classic way": f"DataLoader with {' / '.join(map(str, args.workers))} workers",
+            "device": report.device_name(device),
+            "windows": f"{args.windows} of {args.seconds:g} s or longer",
+        },
+    )
+
+
+def _check_sides(archs: Sequence[str], side: int) -> None:
+    for arch in archs:
+        if arch.startswith("vgg") and side < 32:
+            raise InputError(
+                f"--arch {arch} halves its input five times: images of {side} pixels are too "
+                "small, use --image_size 32 or a ResNet"
+            )
+
+
+def _model(arch: str, clean: ImageSet) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(arch, len(clean.classes), *normalization(clean.name, clean))
+
+
+def _optimizer(model: nn.Module, fused: bool | None = None) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4, fused=fused
+    )
+
+
+def _resident(loader: BatchLoader) -> tuple[Tensor, Tensor]:
+    """A batch of `loader`, in the memory format of the convolutions."""
+    images, labels = next(iter(loader))
+    return images.contiguous(memory_format=torch.channels_last), labels
+
+
+@torch.inference_mode()
+def evaluate_resident(
+    model: nn.Module, images: Tensor, labels: Tensor, steps: int, amp: bool
+) -> float:
+    """The loop of `evaluate` on one batch, `steps` times; gives the accuracy in percent."""
+    correct = torch.zeros((), dtype=torch.int64, device=images.device)
+    for _ in range(steps):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+            correct += (model(images).argmax(1) == labels).sum()
+    return 100 * correct.item() / (steps * len(labels))
+
+
+class ArrayDataset(Dataset):
+    """Images in an array, each made a PIL image before `transform`, as torchvision's CIFAR10."""
+
+    def __init__(self, images: Tensor, labels: Tensor, transform: Callable) -> None:
+        self.data = images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.targets = labels.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.data[index])), self.targets[index]
+
+
+class EndlessBatches:
+    """Random indices, a batch at a time, until `ending`; the batch_sampler of a DataLoader."""
+
+    def __init__(self, count: int, batch_size: int) -> None:
+        self.count, self.batch_size = count, batch_size
+        self.ending = False
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.ending = False
+        while not self.ending:
+            yield torch.randint(self.count, (self.batch_size,)).tolist()
+
+
+@contextlib.contextmanager
+def classic_loaders(
+    args: argparse.Namespace, device: torch.device, clean: ImageSet, augment: str | None
+) -> Iterator[dict[int, DataLoader]]:
+    """For each of --workers a DataLoader of the classic way, without end.
+
+    Tiny-ImageNet and image folders are read from their files for each batch: from those under
+    --data, or from JPEG files made of `clean`. Other sets lie in an array.
+    """
+    side = clean.images.shape[-1]
+    steps: list[Callable] = []
+    if args.image_size:
+        steps.append(functools.partial(resized, side=side))
+    if augment == "crop_flip":
+        steps.append(transforms.RandomCrop(side, max(1, round(CROP_PADDING * side / 32))))
+    elif augment == "rotate_flip":
+        steps.append(transforms.RandomRotation(MAX_ANGLE))
+    if augment is not None:
+        steps.append(transforms.RandomHorizontalFlip())
+    transform = transforms.Compose([*steps, transforms.ToTensor()])
+    with tempfile.TemporaryDirectory() as scratch:
+        if clean.name not in ("tinyimagenet", "folder"):
+            dataset = ArrayDataset(clean.images, clean.labels, transform)
+        else:
+            if args.data is None:
+                write_jpegs(clean, Path(scratch))
+            dataset = ImageFolder(scratch if args.data is None else clean.source, transform)
+            dataset.samples = dataset.samples[: len(clean)]
+            for path, _ in dataset.samples:
+                Path(path).read_bytes()  # into the page cache
+        yield {
+            workers: DataLoader(
+                dataset,
+                batch_sampler=EndlessBatches(len(dataset), args.batch_size),
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                pin_memory=device.type == "cuda",
+            )
+            for workers in args.workers
+        }
+
+
+def write_jpegs(image_set: ImageSet, folder: Path) -> None:
+    """Write each image to `folder`/<class>/, in the JPEG quality that Pillow takes by itself."""
+    by_pixel = image_set.images.permute(0, 2, 3, 1).contiguous().numpy()
+    for row, (pixels, label) in enumerate(zip(by_pixel, image_set.labels.tolist(), strict=True)):
+        parent = folder / image_set.classes[label]
+        parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(parent / f"{row:06d}.JPEG")
+
+
+def classic_training(model: nn.Module, device: torch.device) -> Callable[[Tensor, Tensor], None]:
+    """A training step of the classic way on a batch that lies on the host."""
+    optimizer = _optimizer(model)
+    model.train()
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        images = images.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        (logits.argmax(1) == labels).float().mean().item()
+
+    return step
+
+
+def classic_evaluation(model: nn.Module, device: torch.device) -> Callable[[Tensor, Tensor], None]:
+    """A step of the classic evaluation on a batch that lies on the host."""
+    model.eval()
+
+    @torch.no_grad()
+    def step(images: Tensor, labels: Tensor) -> None:
+        images = images.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        (model(images).argmax(1) == labels).sum().item()
+
+    return step
+
+
+def window_of(
+    function: Callable[[], object], count: float, seconds: float, device: torch.device
+) -> Callable[[], float]:
+    """A window of `seconds` as a function; gives `count` per call as a rate. Warms up here."""
+    calls = calls_in(seconds, function, device)
+    return lambda: count / seconds_per_call(function, calls, device)
+
+
+def classic_window(
+    loader: DataLoader,
+    step: Callable[[Tensor, Tensor], None],
+    seconds: float,
+    device: torch.device,
+) -> float:
+    """Images/s of `step` over `loader` for `seconds`, and at least CLASSIC_STEPS.
+
+    Its queue is in its steady state when the clock starts and when it stops; then the workers
+    finish, so that they don't run in the turns of others.
+    """
+    batches = iter(loader)
+    for _ in range(1 + loader.num_workers):
+        step(*next(batches))
+    _finish(device)
+    images = steps = 0
+    start = time.perf_counter()
+    while steps < CLASSIC_STEPS or time.perf_counter() - start < seconds:
+        batch = next(batches)
+        step(*batch)
+        images += len(batch[1])
+        steps += 1
+    _finish(device)
+    rate = images / (time.perf_counter() - start)
+    loader.batch_sampler.ending = True
+    for _ in batches:
+        pass
+    return rate
+
+
+def classic_sides(
+    args: argparse.Namespace,
+    device: torch.device,
+    loaders: dict[int, DataLoader],
+    step: Callable[[Tensor, Tensor], None],
+) -> dict[str, Callable[[], float]]:
+    """A window of `step` for each of `loaders`."""
+    return {
+        f"{CLASSIC}, {workers} workers": functools.partial(
+            classic_window, loader, step, args.seconds, device
+        )
+        for workers, loader in loaders.items()
+    }
+
+
+def product_window(dtype: torch.dtype, seconds: float, device: torch.device) -> Callable[[], float]:
+    """A window of products of square matrices, in FLOP/s, at the fastest of PRODUCTS."""
+    windows = []
+    for side in PRODUCTS.get(device.type, PRODUCTS["cuda"]):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        product = functools.partial(_product, a, b)
+        windows.append(window_of(product, 2 * side**3, seconds, device))
+    return max(windows, key=lambda window: window())
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, float32 on a GPU in TF32 as cuDNN's convolutions."""
+    precision = torch.get_float32_matmul_precision()
+    if a.is_cuda:
+        torch.set_float32_matmul_precision("high")
+    product = a @ b
+    torch.set_float32_matmul_precision(precision)
+    return product
+
+
+def flops_per_image(model: nn.Module, side: int, training: bool) -> float:
+    """Floating-point operations of a step for one image, an addition and a product being two."""
+    images = torch.zeros(2, 3, side, side)  # batch norm can't train on one
+    model.train(training)
+    with torch.set_grad_enabled(training), FlopCounterMode(display=False) as counter:
+        logits = model(images)
+        if training:
+            logits.sum().backward()
+    return counter.get_total_flops() / len(images)
+
+
+def _measure(sides: dict[str, Callable[[], float]], windows: int) -> dict[str, list[float]]:
+    """The rate of each side in each window."""
+    return dict(zip(sides, in_turns(list(sides.values()), windows), strict=True))
+
+
+def _model_row(
+    args: argparse.Namespace,
+    device: torch.device,
+    arch: str,
+    clean: ImageSet,
+    amp: bool,
+    sides: dict[str, Callable[[], float]],
+    training: bool,
+) -> dict:
+    """Measure the windows of `sides`, "ours" and "ceiling" among them, and matrix products."""
+    dtype = torch.bfloat16 if amp else torch.float32
+    products = product_window(dtype, args.seconds, device)
+    rates = _measure(sides | {"products, FLOP/s": products}, args.windows)
+    ours, ceiling, peak = (median(rates[s]) for s in ("ours", "ceiling", "products, FLOP/s"))
+    flops = flops_per_image(_model(arch, clean), clean.images.shape[-1], training)
+    return {
+        "model": f"{arch}, {'bf16' if amp else 'float32'}",
+        "data": _told(args, clean),
+        **_against_classic(rates),
+        "ceiling, images/s": ceiling,
+        "ours / ceiling": ours / ceiling,
+        "share of peak": ours * flops / peak,
+        "windows": rates,
+        "spread": _spread(rates),
+        "FLOPs per image": flops,
+    }
+
+
+def _against_classic(rates: dict[str, list[float]]) -> dict:
+    """Ours beside the classic way at its best number of workers, by the medians of `rates`."""
+    ours = median(rates["ours"])
+    best = max((s for s in rates if s.startswith(CLASSIC)), key=lambda s: median(rates[s]))
+    classic = median(rates[best])
+    return {
+        "ours, images/s": ours,
+        "classic, images/s": classic,
+        "workers": int(best.split()[1]),
+        "ours / classic": ours / classic,
+    }
+
+
+def _spread(rates: dict[str, list[float]]) -> dict[str, float]:
+    """Of each side the largest rate less the smallest, over the median."""
+    return {side: (max(w) - min(w)) / median(w) for side, w in rates.items()}
+
+
 # ---- command line ---------------------------------------------------------------------------
 
-COMMANDS = {"corruptions": corruptions, "signature": signature, "resample": resample}
+COMMANDS = {
+    "train": training,
+    "evaluate": evaluation,
+    "loader": loading,
+    "corruptions": corruptions,
+    "signature": signature,
+    "resample": resample,
+}
 
+_CLASSIC_DATA = (
+    "a DataLoader with `workers` processes (the fastest of {workers}) and Pillow's transforms "
+    "image by image"
+)
+_CLASSIC_MODEL = (
+    f"{_CLASSIC_DATA}, batch {{batch_size}}, float32 in contiguous memory; ceiling: our step on "
+    "one batch that stays on the device; share of peak: FLOPs of ours over those of matrix "
+    "products in the same dtype."
+)
+# What stands below the table, with the arguments filled in.
+CAPTIONS = {
+    "train": "Training, medians of {windows} windows. ours: train_epoch on a BatchLoader, batch "
+    "{batch_size}, channels_last, fused SGD; classic: plain SGD, loss and accuracy read in every "
+    f"step, {_CLASSIC_MODEL}",
+    "evaluate": "Evaluation, medians of {windows} windows. ours: evaluate, in batches of its own, "
+    f"channels_last; classic: accuracy read in every step, {_CLASSIC_MODEL}",
+    "loader": "Augmented training batches of {batch_size}, float32 on the device, no model; "
+    f"medians of {{windows}} windows. ours: BatchLoader; classic: {_CLASSIC_DATA}.",
+}
+HIDDEN = ("windows", "spread", "FLOPs per image")  # in results.json alone
 
 DEFAULT_CORRUPTIONS = {"corruptions": CORRUPTIONS, "resample": RESAMPLED}
 
@@ -528,6 +994,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The settings of one run; `argv` as on the command line (default: sys.argv)."""
     parser = arguments.Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = _add_pipeline(commands, "train", "training beside the classic way", TRAINED)
+    _add_models(command)
+    command = _add_pipeline(commands, "evaluate", "evaluation beside the classic way", EVALUATED)
+    _add_models(command)
+    _add_pipeline(commands, "loader", "batches alone beside the classic way", LOADED)
 
     command = _add(commands, "corruptions", "the corruptions, batched and one image at a time")
     command.add_argument("--size", type=int, default=32, choices=(32, 64), help="side of images")
@@ -551,11 +1023,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     command.add_argument("--frost_dir", metavar="DIR", help="the original frost photographs")
     command.add_argument("--arch", default="vgg16", choices=ARCHS, help="architecture")
     command.add_argument("--batch_size", type=int, default=128, help="images per step")
-    command.add_argument(
-        "--amp",
-        action=argparse.BooleanOptionalAction,
-        help="bf16 autocast; by itself on where the hardware has bf16",
-    )
+    _add_amp(command)
 
     args = parser.parse_args(argv)
     _check(args)
@@ -570,13 +1038,56 @@ def _add(commands: argparse._SubParsersAction, name: str, purpose: str) -> argpa
         "--threads",
         type=int,
         default=torch.get_num_threads(),
-        help="CPU threads of torch, and processes of what is done one image at a time",
+        help="CPU threads of torch, and processes that corrupt one image at a time",
     )
     command.add_argument("--windows", type=int, default=5, help="measurements; the median counts")
     if name != "resample":
         command.add_argument("--seconds", type=float, default=0.5, help="length of a window")
     command.add_argument("--out", metavar="DIR", help="where to write table.md and results.json")
     return command
+
+
+def _add_pipeline(
+    commands: argparse._SubParsersAction, name: str, purpose: str, images: dict[str, int]
+) -> argparse.ArgumentParser:
+    """`train`, `evaluate` or `loader`, with the flags that these three have."""
+    command = _add(commands, name, purpose)
+    command.set_defaults(seconds=2.0, out=f"results/benchmark/{name}")
+    arguments.add_dataset(command)
+    command.add_argument("--data", metavar="DIR", help="its folder; without it images are made up")
+    _add_images(command, images, "gone through at once")
+    command.add_argument("--batch_size", type=int, default=128, help="images per step")
+    command.add_argument(
+        "--workers",
+        type=int,
+        nargs="+",
+        default=default_workers(),
+        metavar="N",
+        help="processes of the classic DataLoader, 0 for none beside the main one; the best counts",
+    )
+    return command
+
+
+def default_workers() -> list[int]:
+    """0, and the powers of two from 2 to 16 for which there are cores."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # not everywhere
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return [0, *(workers for workers in (2, 4, 8, 16) if workers <= cores)]
+
+
+def _add_models(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--arch", nargs="+", default=["vgg16"], choices=ARCHS, help="architectures, a row each"
+    )
+    _add_amp(command)
+
+
+def _add_amp(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        help="bf16 autocast; by itself on where the hardware has bf16",
+    )
 
 
 def _add_images(command: argparse.ArgumentParser, default: dict[str, int], what: str) -> None:
@@ -605,6 +1116,8 @@ def _check(args: argparse.Namespace) -> None:
     for flag, low in lowest.items():
         if getattr(args, flag, None) is not None:
             arguments.check_at_least(args, **{flag: low})
+    if "workers" in args:
+        _check_pipeline(args)
     if "corruption" in args:
         args.corruption = args.corruption or list(DEFAULT_CORRUPTIONS[args.command])
         arguments.check_corruptions(args.corruption)
@@ -615,16 +1128,35 @@ def _check(args: argparse.Namespace) -> None:
             quantize.check_levels(args.quantization, method)
 
 
+def _check_pipeline(args: argparse.Namespace) -> None:
+    """The checks of `train`, `evaluate` and `loader`."""
+    if min(args.workers) < 0:
+        raise InputError(f"--workers {min(args.workers)}: must be at least 0")
+    args.workers = list(dict.fromkeys(args.workers))
+    if args.command == "train" and args.batch_size < 2:
+        raise InputError("--batch_size 1: batch norm needs at least 2 images per step")
+    name = datasets.base_name(args.dataset)
+    if args.data is None and name == "folder":
+        raise InputError("--dataset folder needs its folder: give --data")
+    if args.image_size is not None:
+        arguments.check_at_least(args, image_size=8)
+        if "arch" in args:
+            _check_sides(args.arch, args.image_size)
+
+
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     """Measure, print the table, write --out; gives the rows."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     device = choose_device(args.device)
     rows = COMMANDS[args.command](args, device)
-    columns = [column for column in rows[0] if column != "windows"]
+    columns = [column for column in rows[0] if column not in HIDDEN]
     table = report.markdown_table(
         columns, [[_shown(row[column]) for column in columns] for row in rows]
     )
+    if args.command in CAPTIONS:
+        tried = " / ".join(map(str, args.workers))
+        table += "\n\n" + CAPTIONS[args.command].format(**vars(args) | {"workers": tried})
     print(table)
     if args.out:
         facts = report.provenance(device) | {"cpu": report.device_name(torch.device("cpu"))}
