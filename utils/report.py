@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import os
 import platform
@@ -74,3 +76,24 @@ def mean(values: Iterable[float]) -> float:
     """The arithmetic mean of at least one value."""
     values = list(values)
     return sum(values) / len(values)
+
+
+def write_csv(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
+    """Write `rows` to `path` as CSV, atomically: a column per key, those of inner dicts "a.b"."""
+    flat = [_flat(row) for row in rows]
+    columns = list(dict.fromkeys(key for row in flat for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    write_text(path, text.getvalue())
+
+
+def _flat(row: Mapping, prefix: str = "") -> dict[str, object]:
+    items = {}
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            items |= _flat(value, f"{prefix}{key}.")
+        else:
+            items[f"{prefix}{key}"] = value
+    return items
