@@ -7,6 +7,7 @@
     python benchmark.py corruptions --device cuda --size 64
     python benchmark.py signature --full               # patch, project, store
     python benchmark.py resample --device cuda         # corruptions drawn anew while training
+    python benchmark.py accuracy                       # the same losses and accuracies, seeds apart
 
 Ours and the classic way take turns, a window of time each, so that whatever else the machine does
 slows both; the tables show the median window, results.json in --out all of them. Warm-up is left
@@ -34,6 +35,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import copy
 import functools
 import importlib
 import inspect
@@ -44,7 +46,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import harmonic_mean, median
+from statistics import harmonic_mean, mean, median, stdev
 
 import numpy as np
 import torch
@@ -685,10 +687,10 @@ def _model(arch: str, clean: ImageSet) -> nn.Module:
     return build_model(arch, len(clean.classes), *normalization(clean.name, clean))
 
 
-def _optimizer(model: nn.Module, fused: bool | None = None) -> torch.optim.SGD:
-    return torch.optim.SGD(
-        model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4, fused=fused
-    )
+def _optimizer(
+    model: nn.Module, fused: bool | None = None, lr: float = LEARNING_RATE
+) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, fused=fused)
 
 
 def _resident(loader: BatchLoader) -> tuple[Tensor, Tensor]:
@@ -746,17 +748,7 @@ def classic_loaders(
     Tiny-ImageNet and image folders are read from their files for each batch: from those under
     --data, or from JPEG files made of `clean`. Other sets lie in an array.
     """
-    side = clean.images.shape[-1]
-    steps: list[Callable] = []
-    if args.image_size:
-        steps.append(functools.partial(resized, side=side))
-    if augment == "crop_flip":
-        steps.append(transforms.RandomCrop(side, max(1, round(CROP_PADDING * side / 32))))
-    elif augment == "rotate_flip":
-        steps.append(transforms.RandomRotation(MAX_ANGLE))
-    if augment is not None:
-        steps.append(transforms.RandomHorizontalFlip())
-    transform = transforms.Compose([*steps, transforms.ToTensor()])
+    transform = classic_transform(clean.images.shape[-1], augment, args.image_size is not None)
     with tempfile.TemporaryDirectory() as scratch:
         if clean.name not in ("tinyimagenet", "folder"):
             dataset = ArrayDataset(clean.images, clean.labels, transform)
@@ -779,6 +771,18 @@ def classic_loaders(
         }
 
 
+def classic_transform(side: int, augment: str | None, resize: bool = False) -> Callable:
+    """Pillow's image to a float tensor (3, side, side), augmented by torchvision's transforms."""
+    steps: list[Callable] = [functools.partial(resized, side=side)] if resize else []
+    if augment == "crop_flip":
+        steps.append(transforms.RandomCrop(side, max(1, round(CROP_PADDING * side / 32))))
+    elif augment == "rotate_flip":
+        steps.append(transforms.RandomRotation(MAX_ANGLE))
+    if augment is not None:
+        steps.append(transforms.RandomHorizontalFlip())
+    return transforms.Compose([*steps, transforms.ToTensor()])
+
+
 def write_jpegs(image_set: ImageSet, folder: Path) -> None:
     """Write each image to `folder`/<class>/, in the JPEG quality that Pillow takes by itself."""
     by_pixel = image_set.images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -788,12 +792,14 @@ def write_jpegs(image_set: ImageSet, folder: Path) -> None:
         Image.fromarray(pixels).save(parent / f"{row:06d}.JPEG")
 
 
-def classic_training(model: nn.Module, device: torch.device) -> Callable[[Tensor, Tensor], None]:
-    """A training step of the classic way on a batch that lies on the host."""
-    optimizer = _optimizer(model)
+def classic_training(
+    model: nn.Module, device: torch.device, lr: float = LEARNING_RATE
+) -> Callable[[Tensor, Tensor], float]:
+    """A training step of the classic way on a batch that lies on the host; gives its loss."""
+    optimizer = _optimizer(model, lr=lr)
     model.train()
 
-    def step(images: Tensor, labels: Tensor) -> None:
+    def step(images: Tensor, labels: Tensor) -> float:
         images = images.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
         logits = model(images)
@@ -801,8 +807,8 @@ def classic_training(model: nn.Module, device: torch.device) -> Callable[[Tensor
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        loss.item()
         (logits.argmax(1) == labels).float().mean().item()
+        return loss.item()
 
     return step
 
@@ -955,6 +961,69 @@ def _spread(rates: dict[str, list[float]]) -> dict[str, float]:
     return {side: (max(w) - min(w)) / median(w) for side, w in rates.items()}
 
 
+# ---- accuracy ------------------------------------------------------------------------------
+
+
+def accuracy(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """A row for each epoch: training loss and test accuracy of both ways, mean ± over the seeds.
+
+    ours: bf16 where the hardware has it, batches from BatchLoader; classic: float32, contiguous,
+    plain SGD, images augmented one by one with Pillow. Both start from the same weights.
+    """
+    train = datasets.load(args.dataset, args.data, "train", args.image_size, limit=args.images)
+    test = datasets.load(args.dataset, args.data, "test", args.image_size)
+    augment = augmentation_for(train.name)
+    amp = use_amp(device, args.amp)
+    _check_sides([args.arch], train.images.shape[-1])
+    report.header(
+        "benchmark.py accuracy",
+        {
+            "data": f"{len(train):,} training and {len(test):,} test images of {train.name}",
+            "training": f"{args.arch} from random weights, {args.epochs} epochs of batches of "
+            f"{args.batch_size}, lr {args.lr:g}, seeds {' '.join(map(str, args.seeds))}",
+            "ours": "bf16" if amp else "float32",
+            "device": report.device_name(device),
+        },
+    )
+    transform = classic_transform(train.images.shape[-1], augment)
+    curves: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for seed in args.seeds:
+        torch.manual_seed(seed)
+        start = build_model(args.arch, len(train.classes), *normalization(train.name, train))
+        ours, classic = to_device(copy.deepcopy(start), device), start.to(device)
+        loader = BatchLoader(train, args.batch_size, augment, device, shuffle=True, seed=seed)
+        optimizer = _optimizer(ours, device.type in ("cpu", "cuda"), args.lr)
+        one_by_one = DataLoader(
+            ArrayDataset(train.images, train.labels, transform),
+            args.batch_size,
+            shuffle=True,
+            drop_last=len(train) % args.batch_size == 1,  # batch norm can't train on one image
+        )
+        step = classic_training(classic, device, args.lr)
+        for epoch in range(1, args.epochs + 1):
+            stats = train_epoch(ours, loader, optimizer, amp=amp, title=f"ours, epoch {epoch}")
+            classic.train()
+            losses = [step(*batch) for batch in one_by_one]
+            for way, loss, model, bf16 in (
+                ("ours", stats.loss, ours, amp),
+                ("classic", sum(losses) / len(losses), classic, False),
+            ):
+                right = evaluate(model, test, amp=bf16)
+                curves.setdefault((way, epoch), []).append((loss, right))
+            print(f"seed {seed}, epoch {epoch}: {curves['ours', epoch][-1]}", flush=True)
+    rows = []
+    for epoch in range(1, args.epochs + 1):
+        row: dict = {"epoch": epoch}
+        for k, what in enumerate(("loss", "test accuracy, %")):
+            for way in ("ours", "classic"):
+                values = [point[k] for point in curves[way, epoch]]
+                spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+                row[f"{way}: {what}"] = f"{mean(values):.3f}{spread}"
+        row["windows"] = {way: curves[way, epoch] for way in ("ours", "classic")}
+        rows.append(row)
+    return rows
+
+
 # ---- command line ---------------------------------------------------------------------------
 
 COMMANDS = {
@@ -964,6 +1033,7 @@ COMMANDS = {
     "corruptions": corruptions,
     "signature": signature,
     "resample": resample,
+    "accuracy": accuracy,
 }
 
 _CLASSIC_DATA = (
@@ -984,6 +1054,10 @@ CAPTIONS = {
     f"channels_last; classic: accuracy read in every step, {_CLASSIC_MODEL}",
     "loader": "Augmented training batches of {batch_size}, float32 on the device, no model; "
     f"medians of {{windows}} windows. ours: BatchLoader; classic: {_CLASSIC_DATA}.",
+    "accuracy": "{arch} on {dataset} from random weights, lr {lr:g}, mean ± standard deviation "
+    "over seeds {seeds}. ours: train_epoch on a BatchLoader, bf16 where the hardware has it, "
+    "channels_last, fused SGD; classic: plain SGD, images augmented one by one with Pillow, "
+    "float32 in contiguous memory.",
 }
 HIDDEN = ("windows", "spread", "FLOPs per image")  # in results.json alone
 
@@ -1025,6 +1099,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     command.add_argument("--batch_size", type=int, default=128, help="images per step")
     _add_amp(command)
 
+    command = _add(commands, "accuracy", "loss and accuracy of ours beside the classic way")
+    command.set_defaults(out="results/benchmark/accuracy")
+    arguments.add_dataset(command)
+    command.set_defaults(dataset="synthetic")
+    command.add_argument("--data", metavar="DIR", help="the data set")
+    command.add_argument("--images", type=int, metavar="N", help="train on so many")
+    command.add_argument("--arch", default="resnet18", choices=ARCHS, help="architecture")
+    command.add_argument("--batch_size", type=int, default=128, help="images per step")
+    command.add_argument("--epochs", type=int, default=4, help="passes over the images")
+    command.add_argument("--lr", type=float, default=0.02, help="learning rate")
+    command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="runs")
+    _add_amp(command)
+
     args = parser.parse_args(argv)
     _check(args)
     return args
@@ -1040,8 +1127,11 @@ def _add(commands: argparse._SubParsersAction, name: str, purpose: str) -> argpa
         default=torch.get_num_threads(),
         help="CPU threads of torch, and processes that corrupt one image at a time",
     )
-    command.add_argument("--windows", type=int, default=5, help="measurements; the median counts")
-    if name != "resample":
+    if name != "accuracy":
+        command.add_argument(
+            "--windows", type=int, default=5, help="measurements; the median counts"
+        )
+    if name not in ("resample", "accuracy"):
         command.add_argument("--seconds", type=float, default=0.5, help="length of a window")
     command.add_argument("--out", metavar="DIR", help="where to write table.md and results.json")
     return command
@@ -1112,7 +1202,7 @@ def _add_corruption(command: argparse.ArgumentParser, default: str) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise InputError for every value that can be judged before anything is measured."""
-    lowest = {"threads": 1, "windows": 1, "seconds": 0, "images": 2, "batch_size": 1}
+    lowest = {"threads": 1, "windows": 1, "seconds": 0, "images": 2, "batch_size": 1, "epochs": 1}
     for flag, low in lowest.items():
         if getattr(args, flag, None) is not None:
             arguments.check_at_least(args, **{flag: low})
@@ -1155,8 +1245,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         columns, [[_shown(row[column]) for column in columns] for row in rows]
     )
     if args.command in CAPTIONS:
-        tried = " / ".join(map(str, args.workers))
-        table += "\n\n" + CAPTIONS[args.command].format(**vars(args) | {"workers": tried})
+        lists = {k: " / ".join(map(str, v)) for k, v in vars(args).items() if isinstance(v, list)}
+        table += "\n\n" + CAPTIONS[args.command].format(**vars(args) | lists)
     print(table)
     if args.out:
         facts = report.provenance(device) | {"cpu": report.device_name(torch.device("cpu"))}

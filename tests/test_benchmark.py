@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 import benchmark
+from datasets import synthetic
 from datasets.corruptions import CORRUPTIONS
 from datasets.images import ImageSet
 from datasets.loader import BatchLoader
@@ -390,6 +391,18 @@ def test_too_small_images_are_an_error(tmp_path):
         benchmark.main(["evaluate", *TINY, *FEW, *flags])
 
 
+def test_accuracy_of_both_ways_from_the_same_weights(tmp_path, monkeypatch):
+    for split, size in (("all", 400), ("test", 100)):
+        monkeypatch.setitem(synthetic.SIZES, split, size)
+    flags = ["--epochs", "2", "--seeds", "0", "1", "--images", "97", "--batch_size", "32"]
+    flags += ["--device", "cpu", "--threads", "1", "--out", str(tmp_path), "--lr", "0", "--no-amp"]
+    rows = benchmark.main(["accuracy", *flags])
+    assert [row["epoch"] for row in rows] == [1, 2] and "±" in (tmp_path / "table.md").read_text()
+    for row in rows:  # at lr 0 only the batch-norm statistics move, a little differently
+        for (loss, _), (classic_loss, _) in zip(*row["windows"].values(), strict=True):
+            assert loss == pytest.approx(classic_loss, rel=0.1)
+
+
 # ---- command line ---------------------------------------------------------------------------
 
 
@@ -414,6 +427,7 @@ def test_too_small_images_are_an_error(tmp_path):
         (["loader", "--dataset", "folder"], "--data"),
         (["loader", "--image_size", "0"], "--image_size"),
         (["loader", "--arch", "vgg11"], "--arch"),
+        (["accuracy", "--epochs", "0"], "--epochs"),
         (["nothing"], "nothing"),
         ([], "COMMAND"),
     ],
