@@ -72,7 +72,15 @@ from tests.reference import RandomDraws, digital, weather
 from utils import arguments, quantize, report
 from utils import checkpoint as ckpt
 from utils.atomic import write_text
-from utils.engine import EVAL_BATCH, choose_device, evaluate, to_device, train_epoch, use_amp
+from utils.engine import (
+    TrainStep,
+    choose_device,
+    eval_batch,
+    evaluate,
+    to_device,
+    train_epoch,
+    use_amp,
+)
 from utils.errors import InputError, script_errors
 from utils.signature import RobustWeightSignature, patch, project_out
 
@@ -526,6 +534,7 @@ def resample(args: argparse.Namespace, device: torch.device) -> list[dict]:
             )
             return corrupted.images
 
+        step = TrainStep(model, optimizer, amp=amp)
         epochs = []
         for redraw in (None, draw):
             loader = BatchLoader(
@@ -536,7 +545,9 @@ def resample(args: argparse.Namespace, device: torch.device) -> list[dict]:
                 shuffle=True,
                 resample=redraw,
             )
-            epochs.append(functools.partial(train_epoch, model, loader, optimizer, amp=amp))
+            epochs.append(
+                functools.partial(train_epoch, model, loader, optimizer, amp=amp, step=step)
+            )
         times = take_turns(epochs, device, args.windows, seconds=0)
         rates = [[count / s for s in windows] for windows in times]
         fixed, anew = map(median, rates)
@@ -574,7 +585,10 @@ def training(args: argparse.Namespace, device: torch.device) -> list[dict]:
             def window(batches: Iterable, images: int, arch: str = arch) -> Callable[[], float]:
                 model = to_device(_model(arch, clean), device)
                 optimizer = _optimizer(model, fused=device.type in ("cpu", "cuda"))
-                epoch = functools.partial(train_epoch, model, batches, optimizer, amp=amp)
+                step = TrainStep(model, optimizer, amp=amp)
+                epoch = functools.partial(
+                    train_epoch, model, batches, optimizer, amp=amp, step=step
+                )
                 return window_of(epoch, images, args.seconds, device)
 
             step = classic_training(_model(arch, clean).to(device), device)
@@ -593,7 +607,7 @@ def evaluation(args: argparse.Namespace, device: torch.device) -> list[dict]:
     amp = use_amp(device, args.amp)
     _check_sides(args.arch, clean.images.shape[-1])
     _pipeline_header(args, device, clean)
-    batch_size = EVAL_BATCH.get(device.type, EVAL_BATCH["cuda"])
+    batch_size = eval_batch(clean, device)
     images, labels = _resident(BatchLoader(clean, batch_size, device=device))
     steps = -(-len(clean) // len(labels))
     rows = []
@@ -1000,8 +1014,10 @@ def accuracy(args: argparse.Namespace, device: torch.device) -> list[dict]:
             drop_last=len(train) % args.batch_size == 1,  # batch norm can't train on one image
         )
         step = classic_training(classic, device, args.lr)
+        fast = TrainStep(ours, optimizer, amp=amp)
         for epoch in range(1, args.epochs + 1):
-            stats = train_epoch(ours, loader, optimizer, amp=amp, title=f"ours, epoch {epoch}")
+            title = f"ours, epoch {epoch}"
+            stats = train_epoch(ours, loader, optimizer, amp=amp, title=title, step=fast)
             classic.train()
             losses = [step(*batch) for batch in one_by_one]
             for way, loss, model, bf16 in (

@@ -62,7 +62,7 @@ from utils import arguments, claims, figures, report
 from utils import checkpoint as ckpt
 from utils.atomic import check_writable, write_text
 from utils.batchnorm import has_batchnorm
-from utils.engine import choose_device, evaluate, to_device, train_epoch, use_amp
+from utils.engine import TrainStep, choose_device, evaluate, to_device, train_epoch, use_amp
 from utils.errors import InputError, script_errors
 from utils.figures import BLUE, GREY, ORANGE
 from utils.measurements import Measurements, tensors_hash
@@ -428,9 +428,12 @@ def pretrain(
         if {name: saved.get(name) for name in settings} == settings:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
+    step = TrainStep(model, optimizer, amp=amp)
     for epoch in range(loader.epoch + 1, epochs + 1):
         title = f"pretraining {epoch}"
-        stats = train_epoch(model, loader, optimizer, amp=amp, title=title, schedule=schedule)
+        stats = train_epoch(
+            model, loader, optimizer, amp=amp, title=title, schedule=schedule, step=step
+        )
         progress = f"loss {stats.loss:.4f}  train {stats.accuracy:.2f}"
         print(f"pretraining {epoch}/{epochs}  {progress}", flush=True)
         state = {name: part.state_dict() for name, part in parts.items()}

@@ -9,6 +9,8 @@ The paper's recipe: SGD, 50 epochs, lr 0.01 × 0.1 at epochs 20 and 40, batch 12
     python train_corruption.py --pretrained --lr 0.01 --dataset cifar10-c --arch vgg16 \\
         --corruption gaussian_noise --data data/cifar10-c --std_data data/cifar10 \\
         --save_dir runs/vgg16/robust/gaussian_noise
+    # one model on several GPUs, each taking its part of every batch
+    torchrun --nproc_per_node=4 train_corruption.py --pretrained --dataset tinyimagenet …
 
 Writes to --save_dir: checkpoint.pth.tar (last epoch), model_SA_best.pth.tar (best on clean
 validation images: θ_std), model_RA_best.pth.tar (best on corrupted ones: θ_c), results.json.
@@ -28,13 +30,22 @@ import datasets
 from datasets import cache
 from datasets.corrupted import corrupted_set, mixed_training_set
 from datasets.images import ImageSet, fingerprint, stable_seed
-from datasets.loader import BatchLoader, augmentation_for
+from datasets.loader import BatchLoader, augmentation_for, fits
 from datasets.normalization import normalization
 from models import ARCHS, build_model
-from utils import arguments, report
+from utils import arguments, distributed, report
 from utils import checkpoint as ckpt
 from utils.atomic import check_writable
-from utils.engine import choose_device, evaluate, to_device, train_epoch, use_amp
+from utils.engine import (
+    TrainStep,
+    be_deterministic,
+    choose_device,
+    compile_model,
+    evaluate,
+    to_device,
+    train_epoch,
+    use_amp,
+)
 from utils.errors import InputError, script_errors
 
 
@@ -100,6 +111,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--print_freq", type=int, default=100, metavar="STEPS", help="between loss updates"
     )
     arguments.add_device(parser)
+    parser.add_argument(
+        "--compile", action="store_true", help="let torch.compile make the model's kernels"
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="same seed, same bits on CUDA too, which is slower; on a CPU it is so anyway",
+    )
     args = parser.parse_args(argv)
     check(args)
     return args
@@ -148,7 +167,8 @@ def load_data(args: argparse.Namespace, device: torch.device) -> dict[str, Image
     root = args.std_data or args.data
     parts = ("train", "val", "test")
     try:
-        sets = {part: arguments.load_images(args, root, part) for part in parts}
+        with distributed.rank_0_first():
+            sets = {part: arguments.load_images(args, root, part) for part in parts}
     except InputError as error:
         if args.std_data:
             raise InputError(str(error).replace("--data", "--std_data", 1)) from error
@@ -210,7 +230,7 @@ def start_model(args: argparse.Namespace, clean: ImageSet) -> tuple[nn.Module, s
     return model, ckpt.backbone_hash(state)
 
 
-def check_images(args: argparse.Namespace, train: ImageSet) -> None:
+def check_images(args: argparse.Namespace, train: ImageSet, device: torch.device) -> None:
     """Raise InputError where the architecture can't train on such images or batches."""
     side = min(train.images.shape[-2:])
     if args.arch.startswith("vgg") and side < 32:
@@ -218,8 +238,16 @@ def check_images(args: argparse.Namespace, train: ImageSet) -> None:
             f"{args.arch} halves its input five times: images of {side} pixels are too "
             "small, use --image_size 32 or a ResNet"
         )
-    if args.arch.startswith("resnet") and min(args.batch_size, len(train)) < 2:
-        raise InputError("--batch_size 1: batch norm needs at least 2 images per step")
+    # Batch norm has the whole batch on CUDA, on a CPU each process its own part.
+    ranks = distributed.ranks()
+    parts = ranks if device.type == "cpu" else 1
+    first, last = min(args.batch_size, len(train)), len(train) % args.batch_size
+    fewest = min(first, last) if last >= max(2, ranks) else first
+    if args.arch.startswith("resnet") and fewest // parts < 2:
+        raise InputError(
+            f"--batch_size {args.batch_size}: batch norm needs at least 2 images per step"
+            + (f" in each of {ranks} processes" if parts > 1 else "")
+        )
 
 
 # ---- training -------------------------------------------------------------------------------
@@ -227,6 +255,8 @@ def check_images(args: argparse.Namespace, train: ImageSet) -> None:
 
 def train(args: argparse.Namespace) -> dict:
     """Run the recipe of `args` (from `parse_args`); gives what it writes to results.json."""
+    if args.deterministic:
+        be_deterministic()
     device = choose_device(args.device)
     amp = use_amp(device, args.amp)
     torch.manual_seed(args.seed)
@@ -234,10 +264,23 @@ def train(args: argparse.Namespace) -> dict:
     check_writable(folder)
     sets = load_data(args, device)
     model, pretrained_hash = start_model(args, sets["clean train"])
-    check_images(args, sets["train"])
-    print_header(args, sets, pretrained_hash, device, amp)
+    check_images(args, sets["train"], device)
+    loader = BatchLoader(
+        sets["train"],
+        args.batch_size,
+        augment=augmentation_for(sets["train"].name),
+        device=device,
+        shuffle=True,
+        seed=args.seed,
+        resample=redraw(args, sets["clean train"], device) if args.resample_corruption else None,
+        rank=distributed.rank(),
+        ranks=distributed.ranks(),
+    )
+    print_header(args, sets, pretrained_hash, loader, amp)
 
-    model = to_device(model, device)
+    model = distributed.synchronized(to_device(model, device))
+    if args.compile:
+        compile_model(model, device)
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=args.lr,
@@ -248,15 +291,6 @@ def train(args: argparse.Namespace) -> dict:
     scheduler = torch.optim.lr_scheduler.MultiStepLR(
         optimizer, milestones(args.decreasing_lr), gamma=0.1
     )
-    loader = BatchLoader(
-        sets["train"],
-        args.batch_size,
-        augment=augmentation_for(sets["train"].name),
-        device=device,
-        shuffle=True,
-        seed=args.seed,
-        resample=redraw(args, sets["clean train"], device) if args.resample_corruption else None,
-    )
     progress = {"epoch": 0, "best_sa": -1.0, "best_ra": -1.0, "history": []}
     parts = {"optimizer": optimizer, "scheduler": scheduler, "loader": loader}
     run = {**identity(args), "pretrained_hash": pretrained_hash}
@@ -264,7 +298,11 @@ def train(args: argparse.Namespace) -> dict:
         resume(args, run, model, parts, progress)
     if not args.resample_corruption:
         del sets["clean train"]
+    for part in sets:  # what every epoch evaluates is copied to the device once, if it fits
+        if part.startswith("val") and fits(sets[part].images, device):
+            sets[part] = sets[part].to(device)
 
+    step = TrainStep(model, optimizer, amp=amp)
     for epoch in range(progress["epoch"] + 1, args.epochs + 1):
         start = time.perf_counter()
         stats = train_epoch(
@@ -274,6 +312,7 @@ def train(args: argparse.Namespace) -> dict:
             amp=amp,
             print_freq=args.print_freq,
             title=f"epoch {epoch}/{args.epochs}",
+            step=step,
         )
         scheduler.step()
         speed = len(loader.images) / (time.perf_counter() - start)
@@ -314,13 +353,15 @@ def train(args: argparse.Namespace) -> dict:
             **progress,
             **run,
         }
-        for name in (*better, ckpt.LAST):
-            ckpt.save(content, folder / name)
-        if not args.corruption:  # one from an earlier run in this folder would be taken for ours
-            (folder / ckpt.BEST_RA).unlink(missing_ok=True)
+        if distributed.rank() == 0:
+            for name in (*better, ckpt.LAST):
+                ckpt.save(content, folder / name)
+            if not args.corruption:  # an earlier run's in this folder would be taken for ours
+                (folder / ckpt.BEST_RA).unlink(missing_ok=True)
 
     # Validation has chosen; the test images are read once, by the chosen model.
     best = folder / (ckpt.BEST_RA if args.corruption else ckpt.BEST_SA)
+    distributed.wait_for_all()
     chosen = ckpt.read(best)
     ckpt.load_model_weights(model, args.arch, ckpt.state_dict_of(chosen, best), best)
     ta = evaluate(model, sets["test"], amp=amp, title="clean test")
@@ -338,7 +379,8 @@ def train(args: argparse.Namespace) -> dict:
         "data": fingerprint(sets["train"]),
         **report.provenance(device),
     }
-    report.write_json(folder / "results.json", result)
+    if distributed.rank() == 0:
+        report.write_json(folder / "results.json", result)
     row = [f"{best.name} (epoch {chosen['epoch']})", ta, *ras.values()]
     print()
     print(report.markdown_table(["test accuracy, %", "TA", *(f"RA {c}" for c in ras)], [row]))
@@ -373,7 +415,7 @@ def resume(args: argparse.Namespace, run: dict, model: nn.Module, parts: dict, p
         part.load_state_dict(saved[name])
     torch.set_rng_state(saved["rng"])
     progress.update({key: saved[key] for key in progress})
-    if path.parent.resolve() != Path(args.save_dir).resolve():
+    if path.parent.resolve() != Path(args.save_dir).resolve() and distributed.rank() == 0:
         for name in (ckpt.BEST_SA, ckpt.BEST_RA):  # what later epochs have to beat
             if (path.parent / name).is_file():
                 ckpt.save(ckpt.read(path.parent / name), Path(args.save_dir) / name)
@@ -384,7 +426,7 @@ def print_header(
     args: argparse.Namespace,
     sets: dict[str, ImageSet],
     pretrained_hash: str | None,
-    device: torch.device,
+    loader: BatchLoader,
     amp: bool,
 ) -> None:
     """Say what is about to be trained, on what, and how."""
@@ -399,13 +441,17 @@ def print_header(
     if args.corruption:
         source = "drawn anew in every epoch" if args.resample_corruption else images.source
         facts["corrupted"] = f"severity {args.severity}, {source}"
+    how = [report.device_name(loader.device), "bf16" if amp else "float32"]
+    how += [name for name in ("compile", "deterministic") if getattr(args, name)]
+    how += [f"{loader.ranks} processes"] if loader.ranks > 1 else []
     facts |= {
         **arguments.frost_note(args.corruption, args.frost_dir),
         "start": f"pretrained weights {pretrained_hash}" if pretrained_hash else "random weights",
         "recipe": f"{args.epochs} epochs, batch {args.batch_size}, lr {args.lr:g} × 0.1 after "
         f"{args.decreasing_lr}, momentum {args.momentum:g}, weight decay {args.weight_decay:g}",
         "seed": args.seed,
-        "device": f"{report.device_name(device)}, {'bf16' if amp else 'float32'}",
+        "device": ", ".join(how),
+        "images": loader.residence,
         "writes": args.save_dir,
     }
     report.header("train_corruption.py", facts)
@@ -414,7 +460,9 @@ def print_header(
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with script_errors():
-        train(parse_args(argv))
+        args = parse_args(argv)
+        with distributed.session(args.device):
+            train(args)
 
 
 if __name__ == "__main__":

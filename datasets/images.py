@@ -20,7 +20,7 @@ SPLITS = ("train", "val", "test", "all")
 class ImageSet:
     """Images with labels, and where they stand in the published set.
 
-    images  uint8 (N, 3, H, W), CPU
+    images  uint8 (N, 3, H, W), on the CPU as loaded
     labels  int64 (N,), indices into `classes`
     classes class names; the index is the label
     name    the dataset, e.g. "cifar10"
@@ -61,6 +61,10 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def to(self, device: str | torch.device) -> ImageSet:
+        """This set with images and labels on `device`."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def subset(self, indices: torch.Tensor | Sequence[int]) -> ImageSet:
         """The images at `indices` (int64 positions in this set), in that order, copied."""
@@ -121,6 +125,6 @@ def stable_seed(*parts: object) -> int:
 def fingerprint(image_set: ImageSet) -> str:
     """16 hexadecimal digits of the SHA-256 over shape, pixels and labels, for results files."""
     digest = hashlib.sha256(repr(tuple(image_set.images.shape)).encode())
-    digest.update(image_set.images.contiguous().numpy())
-    digest.update(image_set.labels.contiguous().numpy())
+    digest.update(image_set.images.cpu().contiguous().numpy())
+    digest.update(image_set.labels.cpu().contiguous().numpy())
     return digest.hexdigest()[:16]

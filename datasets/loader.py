@@ -2,6 +2,7 @@
 
 Shuffling and augmentation are batched tensor functions there; nothing waits for the host.
 Each augmentation is split into drawing its parameters, once per epoch, and applying them.
+A set too large for the device stays in host memory, and what comes next is copied over meanwhile.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ CROP_PADDING = 4  # pixels, at 32×32
 MAX_ANGLE = 20.0  # degrees
 # Batches augmented together on an accelerator, where a batch alone is bound by kernel launches.
 _BATCHES_AT_ONCE = 16
+# Of a GPU's free memory, what images may take; the rest is for weights and activations.
+_SHARE_FOR_IMAGES = 0.5
 
 
 def augmentation_for(dataset: str) -> str:
@@ -94,6 +97,15 @@ def draw_angles(
 # Loader
 
 
+def fits(images: Tensor, device: torch.device) -> bool:
+    """Whether `images` can lie on `device` as a whole and leave room for a model."""
+    if device.type != "cuda" or images.is_cuda:
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return images.nbytes <= _SHARE_FOR_IMAGES * free
+
+
 class BatchLoader:
     """Iterate over (images float32 (n, 3, H, W) in [0, 1], labels int64 (n,)) on `device`.
 
@@ -103,7 +115,13 @@ class BatchLoader:
     of the set's, for corruptions drawn anew. Order and augmentation of epoch e depend on (seed, e),
     the device's kind and the torch version only; iterating once is one epoch. `state_dict` resumes
     at the epoch that comes next.
-    Raises InputError for an empty set, a batch size below 1 and an unknown augmentation.
+    rank, ranks: of so many processes that train together, the one this is. All draw alike; each
+    gets its own part of every batch, batch_size / ranks images. With shuffle, a last batch of fewer
+    than one image for each is left out too.
+    resident: whether the images lie on the device or stay in host memory, which changes no batch;
+    by itself (None) the device where they fit (`fits`). `residence` says which.
+    Raises InputError for an empty set, a batch size below 1 or not a multiple of `ranks`, and an
+    unknown augmentation.
     """
 
     def __init__(
@@ -115,29 +133,50 @@ class BatchLoader:
         shuffle: bool = False,
         seed: int = 0,
         resample: Callable[[int], Tensor] | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+        resident: bool | None = None,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"--batch_size {batch_size}: must be at least 1")
+        if batch_size % ranks:
+            raise InputError(
+                f"--batch_size {batch_size}: must be a multiple of the {ranks} processes"
+            )
         if augment is not None and augment not in AUGMENTATIONS:
             raise InputError(f"unknown augmentation {augment!r}: {', '.join(AUGMENTATIONS)}")
         if not len(image_set):
             raise InputError(f"{image_set.name}: no images to make batches of")
         self.device = torch.device(device)
-        self.images = image_set.images.to(self.device)
+        self.resident = fits(image_set.images, self.device) if resident is None else resident
+        self.images = image_set.images.to(self.device if self.resident else "cpu")
         self.labels = image_set.labels.to(self.device)
         self.batch_size = batch_size
         self.augment = augment
         self.shuffle = shuffle
         self.seed = seed
         self.resample = resample
+        self.rank, self.ranks = rank, ranks
         self.epoch = 0
+
+    @property
+    def residence(self) -> str:
+        """Where the images lie, in words."""
+        size = f"{self.images.nbytes / 1e6:,.0f} MB"
+        if not self.resident:
+            return f"{size} in host memory, copied to the device ahead of their batches"
+        return f"{size} " + ("in memory" if self.device.type == "cpu" else "on the device")
 
     def __len__(self) -> int:
         """Batches in an epoch."""
         count = len(self.images)
-        if self.shuffle and count % self.batch_size == 1 < count:
+        if self.shuffle and 0 < count % self.batch_size < min(count, max(2, self.ranks)):
             return count // self.batch_size
         return math.ceil(count / self.batch_size)
+
+    def whole_batch(self, number: int) -> int:
+        """Images in batch `number` (from 0) of an epoch, those of all processes together."""
+        return min(self.batch_size, len(self.images) - number * self.batch_size)
 
     def state_dict(self) -> dict[str, int]:
         """What a resumed run needs: the seed and the number of the next epoch."""
@@ -150,7 +189,7 @@ class BatchLoader:
         generator = torch.Generator(self.device)
         generator.manual_seed(stable_seed("loader", self.seed, self.epoch))
         if self.resample is not None:
-            self.images = self.resample(self.epoch).to(self.device)
+            self.images = self.resample(self.epoch).to(self.images.device)
         self.epoch += 1
         return self._batches(generator)
 
@@ -160,22 +199,84 @@ class BatchLoader:
         if self.shuffle:
             order = torch.randperm(len(self.images), device=self.device, generator=generator)
         draws = self._draw(count, generator)
-        together = self._together()
-        for first in range(0, count, together):
-            chosen = slice(first, min(first + together, count))
-            if order is None:
-                images, labels = self.images[chosen], self.labels[chosen]
-            else:
-                images = self.images.index_select(0, order[chosen])
-                labels = self.labels.index_select(0, order[chosen])
+        if self.ranks > 1:
+            part = self._part(count)
+            order = part if order is None else order[part]
+            draws = [draw[part] for draw in draws]
+            count = len(part)
+            if not count:  # the last of more processes than images
+                return
+        size, together = self.batch_size // self.ranks, self._together()
+        chunks = [slice(i, min(i + together, count)) for i in range(0, count, together)]
+        fetch = self._fetch if self.resident else self._prefetch
+        for chosen, images in zip(chunks, fetch(chunks, order), strict=True):
+            labels = self.labels[chosen] if order is None else self.labels[order[chosen]]
             images = self._apply(images, [draw[chosen] for draw in draws])
-            for start in range(0, len(images), self.batch_size):
-                batch = slice(start, start + self.batch_size)
+            for start in range(0, len(images), size):
+                batch = slice(start, start + size)
                 yield self._to_float(images[batch]), labels[batch]
+
+    def _part(self, count: int) -> Tensor:
+        """Which of an epoch's `count` images are this process's, int64, in order.
+
+        Of a last, smaller batch the processes' parts differ in size by one image at most.
+        """
+        places = torch.arange(count, device=self.device)
+        full = count - count % self.batch_size
+        batches = places[:full].view(-1, self.ranks, self.batch_size // self.ranks)
+        last = places[full:].tensor_split(self.ranks)[self.rank]
+        return torch.cat([batches[:, self.rank].flatten(), last])
+
+    def _fetch(self, chunks: list[slice], order: Tensor | None) -> Iterator[Tensor]:
+        """The images of each chunk of an epoch, from the device."""
+        for chosen in chunks:
+            if order is None:
+                yield self.images[chosen]
+            else:
+                yield self.images.index_select(0, order[chosen])
+
+    def _prefetch(self, chunks: list[slice], order: Tensor | None) -> Iterator[Tensor]:
+        """The images of each chunk of an epoch, from host memory.
+
+        While a chunk is in use, the next is gathered into one of two pinned buffers and copied to
+        the device on a stream of its own.
+        """
+        on_gpu = self.device.type == "cuda"
+        stream = torch.cuda.Stream(self.device) if on_gpu else None
+        order = None if order is None else order.cpu()
+        shape = (chunks[0].stop, *self.images.shape[1:])
+        buffers = [torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
+        copied: list[torch.cuda.Event | None] = [None, None]  # the last copy out of each buffer
+
+        def send(k: int) -> Tensor:
+            chosen, side = chunks[k], k % 2
+            buffer = buffers[side][: chosen.stop - chosen.start]
+            if copied[side] is not None:
+                copied[side].synchronize()
+            if order is None:
+                buffer.copy_(self.images[chosen])
+            else:
+                torch.index_select(self.images, 0, order[chosen], out=buffer)
+            with torch.cuda.stream(stream):  # without a GPU it is None, and this does nothing
+                images = buffer.to(self.device, non_blocking=True)
+                copied[side] = stream.record_event() if on_gpu else None
+            return images
+
+        ahead = send(0)
+        for k in range(len(chunks)):
+            images, arrived = ahead, copied[k % 2]
+            if k + 1 < len(chunks):
+                ahead = send(k + 1)
+            if on_gpu:
+                user = torch.cuda.current_stream(self.device)
+                user.wait_event(arrived)
+                images.record_stream(user)  # its memory is this stream's until the user is done
+            yield images
 
     def _together(self) -> int:
         """Images augmented at once: on a CPU one batch, which stays in the caches."""
-        return self.batch_size * (1 if self.device.type == "cpu" else _BATCHES_AT_ONCE)
+        batches = 1 if self.device.type == "cpu" else _BATCHES_AT_ONCE
+        return batches * self.batch_size // self.ranks
 
     def _draw(self, count: int, generator: torch.Generator) -> list[Tensor]:
         """Augmentation parameters, each (count,), of the whole epoch in a few kernels."""

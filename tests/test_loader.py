@@ -189,9 +189,98 @@ def test_crop_padding_is_four_at_32_pixels(side, padding):
     assert int(dy.max()) == int(dx.max()) == 2 * padding
 
 
+# ---------------------------------------------------------------------------------------------
+# Sets that stay in host memory, parts for several processes
+
+
+@pytest.mark.parametrize("augment", [None, "crop_flip", "rotate_flip"])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_host_memory_gives_the_same_batches(augment, shuffle, ranks, monkeypatch):
+    monkeypatch.setattr(BatchLoader, "_together", lambda self: 2 * self.batch_size // self.ranks)
+    places = [
+        BatchLoader(
+            make_set(50),
+            8,
+            augment,
+            shuffle=shuffle,
+            rank=ranks - 1,
+            ranks=ranks,
+            resident=resident,
+        )
+        for resident in (True, False)
+    ]
+    for _ in range(2):  # epochs
+        # Kept until the end: no later copy may write over a batch that was given out.
+        resident, host = (list(place) for place in places)
+        for (images, labels), (same_images, same_labels) in zip(resident, host, strict=True):
+            assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
+    assert "host memory" in places[1].residence and "host memory" not in places[0].residence
+
+
+def test_where_a_set_lies_depends_on_the_free_memory(monkeypatch):
+    gpu, images = torch.device("cuda"), torch.zeros(100, 3, 8, 8, dtype=torch.uint8)
+    for name, free in (("mem_get_info", (50_000, 0)), ("memory_reserved", 4_000)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, free=free: free)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 1_000)
+    assert loader.fits(images, gpu)  # 19,200 bytes, under half of 53,000
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (35_000, 0))
+    assert not loader.fits(images, gpu)
+    assert loader.fits(images, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("augment", [None, "crop_flip", "rotate_flip"])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("count, ranks", [(50, 2), (47, 3), (51, 3)])
+def test_processes_share_every_batch_out(augment, shuffle, count, ranks):
+    """The parts of a batch, one after the other, are the batch of a single process."""
+    whole = BatchLoader(make_set(count), 12, augment, shuffle=shuffle)
+    parts = [
+        BatchLoader(make_set(count), 12, augment, shuffle=shuffle, rank=rank, ranks=ranks)
+        for rank in range(ranks)
+    ]
+    for number, (batch, *shares) in enumerate(zip(whole, *parts, strict=True)):
+        sizes = [len(labels) for _, labels in shares]
+        assert max(sizes) - min(sizes) <= 1
+        assert sum(sizes) == whole.whole_batch(number) == len(batch[1])
+        for one, several in zip(batch, zip(*shares, strict=True), strict=True):
+            assert torch.equal(one, torch.cat(several))
+
+
+def test_every_process_has_an_image_in_every_training_batch():
+    def sizes(count: int, shuffle: bool, rank: int) -> list[int]:
+        part = BatchLoader(make_set(count), 8, shuffle=shuffle, rank=rank, ranks=4)
+        return [len(labels) for _, labels in part]
+
+    assert sizes(20, True, 0) == sizes(20, True, 3) == [2, 2, 1]
+    assert sizes(19, True, 0) == sizes(19, True, 3) == [2, 2]
+    assert sizes(19, False, 0) == [2, 2, 1] and sizes(3, False, 3) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("augment", [None, "crop_flip", "rotate_flip"])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_prefetching_to_a_gpu_gives_the_same_batches(augment, shuffle):
+    """While the GPU is busy with earlier batches."""
+    work = torch.rand(2048, 2048, device="cuda")
+    resident, host = (
+        BatchLoader(make_set(500, 32), 4, augment, "cuda", shuffle, resident=resident)
+        for resident in (True, False)
+    )
+    for _ in range(2):
+        batches = []
+        for images, labels in host:
+            work = (work @ work).clamp_(0, 1)
+            batches.append((images, labels))
+        for one, same in zip(resident, batches, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+
+
 def test_errors():
     with pytest.raises(InputError, match="--batch_size 0"):
         BatchLoader(make_set(), 0)
+    with pytest.raises(InputError, match="--batch_size 16: must be a multiple of the 3 processes"):
+        BatchLoader(make_set(), 16, ranks=3)
     with pytest.raises(InputError, match="crop_flip"):
         BatchLoader(make_set(), 16, "mixup")
     with pytest.raises(InputError, match="no images"):
