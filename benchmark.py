@@ -614,7 +614,7 @@ def evaluation(args: argparse.Namespace, device: torch.device) -> list[dict]:
     with classic_loaders(args, device, clean, augment=None) as classic:
         for arch in args.arch:
             model = to_device(_model(arch, clean), device).eval()
-            ours = functools.partial(evaluate, model, clean, amp=amp)
+            ours = functools.partial(evaluate, model, clean.to(device), amp=amp)
             ceiling = functools.partial(evaluate_resident, model, images, labels, steps, amp)
             step = classic_evaluation(_model(arch, clean).to(device), device)
             sides = {

@@ -350,7 +350,7 @@ def equalize(image: Tensor, levels: int) -> Tensor:
     level = image.reshape(n, -1).long()
     histogram = torch.zeros(n, levels, device=image.device)
     histogram.scatter_add_(1, level, torch.ones_like(level, dtype=torch.float32))
-    cumulative = histogram.cumsum(1)
+    cumulative = histogram.long().cumsum(1)  # of whole numbers it is deterministic on CUDA too
     lowest = histogram.gather(1, level.amin(1, keepdim=True))
     others = level.shape[1] - lowest
     mapped = (cumulative - lowest) * (255 / others.clamp(min=1))
