@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import copy
 import itertools
+import json
 import os
 import queue
 import shlex
@@ -741,6 +742,12 @@ def by_corruption(args: argparse.Namespace, rows: Sequence[dict]) -> dict[str, l
     return {c: [row for row in rows if row["corruption"] == c] for c in args.corruptions}
 
 
+def training_data(args: argparse.Namespace, seed: int) -> str:
+    """The fingerprint of the clean images that θ_std of a seed was trained on."""
+    path = standard_model(args, seed).with_name("results.json")
+    return json.loads(path.read_text(encoding="utf-8"))["data"]
+
+
 def finish(
     args: argparse.Namespace,
     rows: Sequence[dict],
@@ -752,10 +759,11 @@ def finish(
     """Print the table; write it (table.md), every row (table.csv) and all about them to --out."""
     epochs, decreasing_lr = recipe(args)
     classes = f", {args.classes} classes" if args.classes else ""
+    data = args.title or args.dataset
     ablation = "" if args.projection else " No projection."
     ablation += "" if args.layers == "shallowest" else f" The {args.layers} layers are kept."
     caption = (
-        f"{args.dataset}{classes}, {args.arch}, severity {args.severity}; {epochs} epochs of "
+        f"{data}{classes}, {args.arch}, severity {args.severity}; {epochs} epochs of "
         f"fine-tuning (lr × 0.1 after {decreasing_lr}), seeds {' '.join(map(str, args.seeds))}."
         f"{ablation} {note}"
     ).strip()
@@ -770,6 +778,8 @@ def finish(
         "rows": rows,
         **more,
         "epochs": epochs,
+        "seeds": args.seeds,
+        "data": {seed: training_data(args, seed) for seed in args.seeds},
         "seconds": round(time.perf_counter() - args.started, 1),
         "arguments": settings,
         **report.provenance(choose_device(args.device)),
@@ -787,10 +797,9 @@ def main_table(args: argparse.Namespace) -> None:
     The standard model and the one trained on the union of all corruptions are measured on each;
     robust models and patches on their own, with TA as the mean over them.
     """
-    rows, data = [], {}
+    rows = []
     kinds = ("standard", "data augmentation", "robust models", "RWS, float32", "RWS, 4 bits")
     for bench in benches(args):
-        data[bench.seed] = bench.hashes
         standard = bench.standard(bench.names)
         one_for_all = [(kinds[0], standard, 0)]
         if bench.names == args.corruptions:
@@ -829,7 +838,7 @@ def main_table(args: argparse.Namespace) -> None:
         f"{args.keep_num}; 4 bits: 16 linear levels, a range per output channel."
     )
     columns += [f"RA {c}, %" for c in args.corruptions]
-    finish(args, rows, columns, lines, note, test_images=data)
+    finish(args, rows, columns, lines, note)
     shown = {"all": {line[0]: line[4] for line in lines}} | {
         c: {line[0]: line[5 + i] for line in lines} for i, c in enumerate(args.corruptions)
     }
@@ -1185,6 +1194,7 @@ def add_study(parser: argparse.ArgumentParser) -> None:
     arguments.add_dataset(data)
     arguments.add_subset(data)
     data.add_argument("--data", metavar="DIR", help="the clean data set")
+    data.add_argument("--title", help="what to call it in results (default: --dataset)")
     arguments.add_corruption(data)
     data.add_argument(
         "--corruptions", nargs="+", metavar="NAME", help="all, or these (default: the preset's)"

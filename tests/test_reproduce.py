@@ -64,6 +64,7 @@ def test_smoke_writes_every_result(smoke, experiment):
     result = results(out)
     assert result["experiment"] == experiment and result["rows"] and result["seconds"] >= 0
     assert result["torch"] == torch.__version__ and "seeds 0" in result["caption"]
+    assert result["seeds"] == [0] and len(result["data"]["0"]) == 16 and "device" in result
     assert (out / "table.md").read_text().startswith("| ")
     with open(out / "table.csv", newline="") as file:
         lines = list(csv.reader(file))
