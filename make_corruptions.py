@@ -17,7 +17,7 @@ train_corruption.py makes in memory for the same seed; those of "train" are draw
 validation together, in memory they are drawn for each.
 
 What is finished is whole, and is skipped when the command is given again; records of it lie in
-OUT/.made/.
+OUT/.made/. Several processes may write to one OUT: they take turns at each file or folder.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ from datasets.corruptions import CORRUPTIONS, corrupt
 from datasets.corruptions.frost_texture import PHOTOGRAPHS
 from datasets.images import ImageSet, fingerprint, stable_seed
 from utils import arguments, report
-from utils.atomic import replacing
+from utils.atomic import check_writable, replacing
 from utils.engine import choose_device
 from utils.errors import InputError, script_errors
+from utils.lock import hold
 
 ALL_SEVERITIES = list(range(1, SEVERITIES + 1))
 # The split that each part holds, and the folder that the RWS code reads its images from.
@@ -265,10 +266,18 @@ def temporary_name(name: str) -> str:
 
 
 def remove_leftovers(output: Output, out: Path) -> None:
-    """Delete what a killed run left of this output under its temporary name."""
+    """Delete what a killed run left of this output under its temporary name.
+
+    Only while its lock is held: nobody else is writing it then.
+    """
     path = out / output.place
-    for old in [*path.parent.glob(f".{path.name}.*.npy"), *path.parent.glob(f".{path.name}.*.tmp")]:
+    for old in path.parent.glob(f".{path.name}.*.tmp*"):
         shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+def lock_of(output: Output, out: Path) -> Path:
+    """The lock of who makes this output."""
+    return out / RECORDS / f"{output.place}.lock"
 
 
 # ---- space ----------------------------------------------------------------------------------
@@ -319,6 +328,7 @@ def make(args: argparse.Namespace) -> None:
     """Write what `args` (from `parse_args`) ask for and is not there yet."""
     device = choose_device(args.device)
     out = Path(args.out)
+    check_writable(out)
     sets = {
         part: datasets.load(args.dataset, args.data, SPLIT_OF[part], args.image_size)
         for part in args.split
@@ -330,9 +340,8 @@ def make(args: argparse.Namespace) -> None:
 
     wanted = {output: settings_of(output, args, prints) for output in outputs_of(args)}
     pending = [o for o, s in wanted.items() if not is_finished(o, out, s, args.overwrite)]
-    labels = {} if args.layout == "folders" else labels_to_write(args, sets, out)
-    for output in pending:
-        remove_leftovers(output, out)
+    if args.layout != "folders":
+        labels_to_write(args, sets, out)
     needed, free = check_space(
         out,
         [bytes_for(output, sets[output.part]) for output in pending],
@@ -344,19 +353,27 @@ def make(args: argparse.Namespace) -> None:
     }
     print_header(args, sets, device, counts, needed, free)
 
-    for path, content in labels.items():
-        with replacing(path) as temporary:
-            np.save(temporary, content)
-    total = sum(len(o.severities) * len(sets[o.part]) for o in pending)
+    if args.layout != "folders":
+        with hold(out / RECORDS / "labels.lock"):
+            for path, content in labels_to_write(args, sets, out).items():
+                with replacing(path) as temporary:
+                    np.save(temporary, content)
+    total, others = sum(len(o.severities) * len(sets[o.part]) for o in pending), 0
     with tqdm(total=total, unit="img", disable=None) as bar:
         for output in pending:
             bar.set_description(output.place)
             write = write_array if output.place.endswith(".npy") else write_folder
-            write(output, out, sets[output.part], args, wanted[output], device, bar)
+            with hold(lock_of(output, out)):
+                if is_finished(output, out, wanted[output], args.overwrite):
+                    others += 1  # another process has made it meanwhile
+                    continue
+                remove_leftovers(output, out)
+                write(output, out, sets[output.part], args, wanted[output], device, bar)
             bar.write(f"made {out / output.place}")
     if pending:
         print()
-    print(f"{len(pending)} made, {counts['finished']} finished before")
+    finished = counts["finished"] + others
+    print(f"{len(wanted) - finished} made, {finished} finished before or by another process")
 
 
 def check_images(
@@ -395,7 +412,7 @@ def labels_to_write(
         if args.layout == "cifar-c":
             path, labels = out / "labels.npy", np.tile(labels, SEVERITIES)
         try:
-            same = np.array_equal(np.load(path, allow_pickle=False), labels)
+            same = np.array_equal(np.load(path, mmap_mode="r", allow_pickle=False), labels)
         except FileNotFoundError:
             missing[path] = labels
             continue

@@ -23,6 +23,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ import datasets
 from datasets.corrupted import corrupted_set
 from datasets.corruptions import CORRUPTIONS
 from datasets.images import ImageSet, fingerprint
-from datasets.loader import BatchLoader, augmentation_for
+from datasets.loader import BatchLoader, augmentation_for, fits
 from datasets.normalization import normalization
 from models import ARCHS, build_model
 from models.layers import LAYERS, depth_order, layer_keys
@@ -42,6 +43,7 @@ from utils.atomic import check_writable
 from utils.batchnorm import has_batchnorm, reestimate
 from utils.engine import choose_device, evaluate, to_device, use_amp
 from utils.errors import InputError, script_errors
+from utils.lock import hold
 from utils.quantize import METHODS, check_levels
 from utils.signature import RobustWeightSignature, patch
 
@@ -212,11 +214,27 @@ def check(args: argparse.Namespace) -> None:
     for flag in ("save_log", "save_model", "save_signature"):
         if getattr(args, flag) and rows > 1:
             raise InputError(f"--{flag} takes one patch, but --keep_num and --alpha make {rows}")
+    check_outputs(args)
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise InputError where an output can't be written, or would replace an input or another."""
+    inputs = [args.base_model, args.patched_model, arguments.pretrained_source(args)]
+    taken = {Path(file).resolve() for file in (*inputs, *args.signature) if file}
+    for flag in ("save_model", "save_log"):
+        file = getattr(args, flag)
+        if not file:
+            continue
+        path = Path(file)
+        if path.is_dir():
+            raise InputError(f"--{flag} {file}: that is a folder, name a file")
+        for written in (path, path.with_name(f"{path.name}.json")):
+            if written.resolve() in taken:
+                raise InputError(f"--{flag} {file}: {written} is read or written as well; rename")
+            taken.add(written.resolve())
+        check_writable(path.parent)
     if args.save_log:
-        check_writable(Path(args.save_log).parent)
         read_log(Path(args.save_log))
-    if args.save_model:
-        check_writable(Path(args.save_model).parent)
     if args.save_signature:
         check_writable(args.save_signature)
 
@@ -301,7 +319,8 @@ def load_states(args: argparse.Namespace) -> tuple[dict[str, dict[str, Tensor]],
             path = find_robust(args.corruption_model_root, name)
             checkpoint = ckpt.read(path)
             states[name] = ckpt.state_dict_of(checkpoint, path)
-            severities[name] = checkpoint.get("severity", args.severity)
+            severity = checkpoint.get("severity")
+            severities[name] = severity if severity in range(1, 6) else args.severity
             lineage = checkpoint.get("pretrained_hash")
             if lineage and not args.signature and lineage != pretrained_hash:
                 warnings.warn(f"{path} was not fine-tuned from {source}", stacklevel=2)
@@ -359,6 +378,12 @@ def load_study(args: argparse.Namespace) -> Study:
     ckpt.load_model_weights(target, args.arch, target_state, path)
     target.pretrained_hash = checkpoint.get("pretrained_hash")
     measured = CORRUPTIONS if args.test_all_corruptions else args.corruption
+
+    def resident(images: ImageSet) -> ImageSet:
+        """On the device, where a sweep reads it again and again, if there is room."""
+        return images.to(device) if fits(images.images, device) else images
+
+    corrupted = {c: corrupted_part(args, clean, c, "test", args.severity) for c in measured}
     return Study(
         args=args,
         device=device,
@@ -368,8 +393,8 @@ def load_study(args: argparse.Namespace) -> Study:
         signatures=signatures,
         severities=severities,
         source=ckpt.read(args.base_model).get("dataset", dataset),
-        clean=clean,
-        corrupted={c: corrupted_part(args, clean, c, "test", args.severity) for c in measured},
+        clean=resident(clean),
+        corrupted={name: resident(images) for name, images in corrupted.items()},
     )
 
 
@@ -383,11 +408,13 @@ def weightings(args: argparse.Namespace, n: int) -> list[list[float]]:
     return [[a / n] * n for a in args.alpha]
 
 
-def extract(study: Study, keep_num: int) -> list[RobustWeightSignature]:
-    """RWS_c of each corruption, quantized if asked for."""
+def extract(
+    study: Study, keep_num: int, names: Sequence[str] | None = None
+) -> list[RobustWeightSignature]:
+    """RWS_c of each corruption of the study (or of `names` among them), quantized if asked for."""
     args = study.args
     signatures = []
-    for name in args.corruption:
+    for name in names or args.corruption:
         signature = RobustWeightSignature.extract(
             study.states["pretrained"],
             study.states["standard"],
@@ -439,6 +466,18 @@ def patched(
         yield study.target
 
 
+@contextlib.contextmanager
+def holding(study: Study, state: dict[str, Tensor], path: str | Path) -> Iterator[nn.Module]:
+    """The target with the weights `state`, read from `path`; its own again afterwards."""
+    model = study.target
+    original = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    ckpt.load_model_weights(model, study.args.arch, state, path)
+    try:
+        yield model
+    finally:
+        model.load_state_dict(original)
+
+
 # ---- results --------------------------------------------------------------------------------
 
 
@@ -470,24 +509,34 @@ def read_log(path: Path) -> dict:
     {"std"|"patched": {"clean": [TA of each run], "robust": {corruption: latest RA}}}
     Raises InputError for anything else in the file.
     """
-    if path.is_dir():
-        raise InputError(f"--save_log {path}: that is a folder, name a file")
     if not path.exists():
         return {kind: {"clean": [], "robust": {}} for kind in ("std", "patched")}
-    log = ckpt.read(path)
-    entries = [log.get("std"), log.get("patched")]
-    if not all(isinstance(e, dict) and e.keys() == {"clean", "robust"} for e in entries):
+    log = ckpt.read(path, "log")
+    if not all(_is_log_entry(log.get(kind)) for kind in ("std", "patched")):
         raise InputError(f"--save_log {path}: holds something else than a log of this script")
     return log
 
 
+def _is_log_entry(entry: object) -> bool:
+    if not isinstance(entry, dict) or entry.keys() != {"clean", "robust"}:
+        return False
+    clean, robust = entry["clean"], entry["robust"]
+    if not isinstance(clean, list) or not isinstance(robust, dict):
+        return False
+    return all(isinstance(accuracy, Real) for accuracy in (*clean, *robust.values()))
+
+
 def update_log(path: Path, standard: dict, patched: dict) -> None:
-    """Add a run to the log at `path` and print its averages over the runs."""
-    log = read_log(path)
-    for kind, row in (("std", standard), ("patched", patched)):
-        log[kind]["clean"].append(row["TA"])
-        log[kind]["robust"].update(row["RA"])
-    ckpt.save(log, path)
+    """Add a run to the log at `path` and print its averages over the runs.
+
+    Processes that add to one log at the same time take turns.
+    """
+    with hold(path.with_name(f".{path.name}.lock")):
+        log = read_log(path)
+        for kind, row in (("std", standard), ("patched", patched)):
+            log[kind]["clean"].append(row["TA"])
+            log[kind]["robust"].update(row["RA"])
+        ckpt.save(log, path)
     print(f"\n{path}: averages over {len(log['std']['clean'])} runs")
     for kind in ("std", "patched"):
         clean, robust = log[kind]["clean"], log[kind]["robust"]
@@ -502,20 +551,18 @@ def upper_bound(study: Study, names: Sequence[str]) -> dict | None:
 
     None where they are not given, or their classes are not the target's (transfer).
     """
-    model = study.target
-    original = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    own = study.target.state_dict()
     for name in names:
         theirs = study.states.get(name)
-        if theirs is None or any(theirs.get(k, v).shape != v.shape for k, v in original.items()):
+        if theirs is None or any(theirs.get(k, v).shape != v.shape for k, v in own.items()):
             return None
     accuracies, ras = [], {}
     for name in names:
         path = find_robust(study.args.corruption_model_root, name)
-        ckpt.load_model_weights(model, study.args.arch, study.states[name], path)
-        result = study.measure(f"robust to {name}", [name])
+        with holding(study, study.states[name], path):
+            result = study.measure(f"robust to {name}", [name])
         accuracies.append(result["TA"])
         ras |= result["RA"]
-    model.load_state_dict(original)
     return {"model": "robust", "TA": report.mean(accuracies), "RA": ras}
 
 
@@ -548,6 +595,7 @@ def run(args: argparse.Namespace) -> dict:
         for row in rows[1:-1]:
             row["recovered"] = recovered(standard["RA_mean"], row["RA_mean"], robust["RA_mean"])
     print(table(rows, own))
+    warn_below_chance(rows, len(study.clean.classes))
     if args.save_signature:
         print()
         for name, signature in zip(own, signatures, strict=True):
@@ -566,6 +614,18 @@ def run(args: argparse.Namespace) -> dict:
     if args.save_log:
         update_log(Path(args.save_log), standard, rows[1])
     return result
+
+
+def warn_below_chance(rows: Sequence[dict], classes: int) -> None:
+    """Warn of each patched row with an accuracy below that of guessing."""
+    for row in rows:
+        lowest = min(row["TA"], *row["RA"].values())
+        if row["model"].startswith("patched") and lowest < 100 / classes:
+            warnings.warn(
+                f"{row['model']}: an accuracy of {lowest:.1f} % is below chance, "
+                f"{100 / classes:.1f} %; do model, signatures and data set belong together?",
+                stacklevel=2,
+            )
 
 
 def describe_weights(args: argparse.Namespace, weights: Sequence[float]) -> str:

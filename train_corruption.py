@@ -13,13 +13,17 @@ The paper's recipe: SGD, 50 epochs, lr 0.01 × 0.1 at epochs 20 and 40, batch 12
     torchrun --nproc_per_node=4 train_corruption.py --pretrained --dataset tinyimagenet …
 
 Writes to --save_dir: checkpoint.pth.tar (last epoch), model_SA_best.pth.tar (best on clean
-validation images: θ_std), model_RA_best.pth.tar (best on corrupted ones: θ_c), results.json.
+validation images: θ_std), model_RA_best.pth.tar (best on corrupted ones: θ_c), results.json (of a
+finished run). One process at a time; --resume after an interruption ends as if there were none.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -47,6 +51,7 @@ from utils.engine import (
     use_amp,
 )
 from utils.errors import InputError, script_errors
+from utils.lock import hold
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -149,12 +154,14 @@ def check(args: argparse.Namespace) -> None:
 
 def milestones(text: str) -> list[int]:
     """The epochs in a --decreasing_lr value such as "20,40"."""
+    wrong = InputError(f"--decreasing_lr {text}: epochs separated by commas, e.g. 20,40")
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        epochs = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise InputError(
-            f"--decreasing_lr {text}: epochs separated by commas, e.g. 20,40"
-        ) from None
+        raise wrong from None
+    if any(epoch < 0 for epoch in epochs):
+        raise wrong
+    return epochs
 
 
 # ---- data and model -------------------------------------------------------------------------
@@ -174,6 +181,7 @@ def load_data(args: argparse.Namespace, device: torch.device) -> dict[str, Image
             raise InputError(str(error).replace("--data", "--std_data", 1)) from error
         hint = "; --std_data names the clean set" if args.corruption else ""
         raise InputError(f"{error}{hint}") from error
+    warn_of_overlap(sets["val"], sets["test"])
     draw = {
         "severity": args.severity,
         "seed": args.seed,
@@ -190,6 +198,23 @@ def load_data(args: argparse.Namespace, device: torch.device) -> dict[str, Image
             draw["root"] = None  # a published copy would be the same in every epoch
         sets["train"] = mixed_training_set(sets["train"], args.corruption, split="train", **draw)
     return sets
+
+
+def warn_of_overlap(val: ImageSet, test: ImageSet) -> None:
+    """Warn of images in both, pixel by pixel: what chooses the model must not test it."""
+    of_val, of_test = (
+        {
+            hashlib.blake2b(image, digest_size=16).digest()
+            for image in part.images.flatten(1).contiguous().numpy()
+        }
+        for part in (val, test)
+    )
+    if both := len(of_val & of_test):
+        warnings.warn(
+            f"validation and test overlap: {both} of {len(of_val)} different validation images "
+            "are test images too",
+            stacklevel=2,
+        )
 
 
 def redraw(
@@ -254,14 +279,25 @@ def check_images(args: argparse.Namespace, train: ImageSet, device: torch.device
 
 
 def train(args: argparse.Namespace) -> dict:
-    """Run the recipe of `args` (from `parse_args`); gives what it writes to results.json."""
+    """Run the recipe of `args` (from `parse_args`); gives what it writes to results.json.
+
+    Raises InputError while another process trains in --save_dir.
+    """
+    folder = Path(args.save_dir)
+    check_writable(folder)
+    with contextlib.ExitStack() as stack:
+        if distributed.rank() == 0:
+            stack.enter_context(hold(folder / ".lock", f"--save_dir {folder} is in use"))
+        return fine_tune(args, folder)
+
+
+def fine_tune(args: argparse.Namespace, folder: Path) -> dict:
+    """`train`, writing to `folder`, which is this run's alone."""
     if args.deterministic:
         be_deterministic()
     device = choose_device(args.device)
     amp = use_amp(device, args.amp)
     torch.manual_seed(args.seed)
-    folder = Path(args.save_dir)
-    check_writable(folder)
     sets = load_data(args, device)
     model, pretrained_hash = start_model(args, sets["clean train"])
     check_images(args, sets["train"], device)
@@ -354,10 +390,9 @@ def train(args: argparse.Namespace) -> dict:
             **run,
         }
         if distributed.rank() == 0:
+            remove_earlier(folder, everything=epoch == 1)
             for name in (*better, ckpt.LAST):
                 ckpt.save(content, folder / name)
-            if not args.corruption:  # an earlier run's in this folder would be taken for ours
-                (folder / ckpt.BEST_RA).unlink(missing_ok=True)
 
     # Validation has chosen; the test images are read once, by the chosen model.
     best = folder / (ckpt.BEST_RA if args.corruption else ckpt.BEST_SA)
@@ -411,15 +446,32 @@ def resume(args: argparse.Namespace, run: dict, model: nn.Module, parts: dict, p
                 f"--resume {path}: that run has {name} {saved[name]}, this one {value}"
             )
     ckpt.load_model_weights(model, args.arch, ckpt.state_dict_of(saved, path), path)
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
-    torch.set_rng_state(saved["rng"])
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        torch.set_rng_state(saved["rng"])
+    except Exception as error:  # torch raises many types for states that don't fit
+        raise InputError(f"--resume {path}: its state does not fit this run ({error})") from error
     progress.update({key: saved[key] for key in progress})
-    if path.parent.resolve() != Path(args.save_dir).resolve() and distributed.rank() == 0:
+    folder = Path(args.save_dir)
+    if path.parent.resolve() != folder.resolve() and distributed.rank() == 0:
+        remove_earlier(folder, everything=True)
         for name in (ckpt.BEST_SA, ckpt.BEST_RA):  # what later epochs have to beat
             if (path.parent / name).is_file():
-                ckpt.save(ckpt.read(path.parent / name), Path(args.save_dir) / name)
+                ckpt.save(ckpt.read(path.parent / name), folder / name)
+        ckpt.save(saved, folder / ckpt.LAST)
     print(f"resumed {path} after epoch {progress['epoch']}")
+
+
+def remove_earlier(folder: Path, everything: bool) -> None:
+    """Delete what no longer holds once an epoch is about to be saved in `folder`.
+
+    results.json, which says that a run is finished, and, where it begins anew, `everything` of an
+    earlier run: first what it would be resumed from, so that two runs never mix.
+    """
+    checkpoints = (ckpt.LAST, ckpt.BEST_SA, ckpt.BEST_RA) if everything else ()
+    for name in ("results.json", *checkpoints):
+        (folder / name).unlink(missing_ok=True)
 
 
 def print_header(

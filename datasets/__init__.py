@@ -24,6 +24,7 @@ from datasets.images import (
 )
 from utils.errors import InputError, suggest
 
+MAX_SIDE = 4096  # a slip of the keyboard would ask for terabytes
 DATASETS = ("cifar10", "cifar100", "tinyimagenet", "synthetic", "folder")
 
 __all__ = [
@@ -69,8 +70,8 @@ def load(
     Raises InputError for anything wrong with the name, the folder or a file.
     """
     base = base_name(name)
-    if image_size is not None and image_size < 1:
-        raise InputError(f"--image_size {image_size}: must be at least 1")
+    if image_size is not None and not 1 <= image_size <= MAX_SIDE:
+        raise InputError(f"--image_size {image_size}: must be 1 to {MAX_SIDE:,}")
     images = _load(base, root, split, image_size)
     return spaced(half_of_classes(images, half) if half else images, limit)
 

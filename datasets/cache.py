@@ -33,6 +33,9 @@ FORMAT = 1
 # No training image comes near; a file that claims more is a decompression bomb or a mistake.
 MAX_PIXELS = 50_000_000
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"))
+# What Pillow may open. It goes by content, and for some others (EPS) starts an interpreter.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
+warnings.simplefilter("error", Image.DecompressionBombWarning)
 # Images per piece of work: large enough to amortize the hand-over, small enough to spread evenly.
 _PIECE = 256
 
@@ -96,10 +99,11 @@ def resized(image: Image.Image, side: int) -> Image.Image:
 def read_image(path: str | os.PathLike, image_size: int | None = None) -> Image.Image:
     """Decode one file to RGB, resized to image_size×image_size where that is given.
 
-    Raises InputError naming the file when it is empty, truncated, no image, or over MAX_PIXELS.
+    Raises InputError naming the file when it is empty, truncated, over MAX_PIXELS or in none of
+    FORMATS.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise InputError(
                     f"{path}: {image.width}×{image.height} pixels, "

@@ -81,6 +81,8 @@ def _part(base: Path, split: str) -> Part:
     classes = class_folders(base / "train")
     if split != "test":
         files = in_published_order(list_images(base / "train"))
+        if not len(files):
+            raise InputError(f"{base / 'train'} holds no images")
         labels = labels_of(files, classes)
         return Part(files, labels, classes, validation_rows(labels), short_names(files))
     val = base / "val"

@@ -150,10 +150,10 @@ def check_frost(frost_dir: str | None) -> None:
 
 
 def check_at_least(args: argparse.Namespace, **lowest: float) -> None:
-    """Raise InputError for a flag whose value is below its `lowest` (or not a number)."""
+    """Raise InputError for a flag whose value is below its `lowest`, infinite or not a number."""
     for flag, low in lowest.items():
-        if not getattr(args, flag) >= low:
-            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least {low}")
+        if not low <= getattr(args, flag) < float("inf"):
+            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least {low}, and finite")
 
 
 def frost_note(corruptions: Iterable[str], frost_dir: str | None) -> dict[str, str]:

@@ -1,13 +1,19 @@
-"""Files that are whole or absent: write under a temporary name, fsync, rename."""
+"""Files that are whole or absent: write under a temporary name, fsync, rename.
+
+The temporary name is .NAME.XXXXXXXX.tmp, with NAME's suffix once more at its end. A killed process
+leaves at most that, which nothing reads and the next write of NAME removes.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from utils import lock
 from utils.errors import InputError
 
 
@@ -21,14 +27,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The suffix stays, since savers such as Pillow choose the format by it.
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent
-        )
-        os.close(handle)
+        handle, temporary = _temporary(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    temporary = Path(name)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -39,7 +40,33 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
     _fsync_folder(path.parent)
+
+
+def _temporary(path: Path) -> tuple[int | None, Path]:
+    """A new file beside `path`, open and locked while its writer lives; dead writers' are deleted.
+
+    The suffix stays at the end, since savers such as Pillow choose the format by it. Where there
+    are no locks it isn't open, and nothing is deleted.
+    """
+    ending = f".tmp{path.suffix}"
+    for old in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}{glob.escape(ending)}"):
+        with contextlib.suppress(OSError):  # another process was first
+            handle = os.open(old, os.O_RDWR)
+            if lock.take(handle):
+                old.unlink()
+            os.close(handle)
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=ending, dir=path.parent)
+        taken = lock.take(handle)
+        # Between its making and its locking another process may have taken the file for dead.
+        if taken and lock.is_at(handle, name):
+            return handle, Path(name)
+        os.close(handle)
+        if taken is None:
+            return None, Path(name)
 
 
 def check_writable(folder: str | os.PathLike) -> None:

@@ -2,13 +2,16 @@
 
 Read: the RWS authors' files (a dict with `state_dict`, with or without `normalize.*`),
 torchvision's ImageNet weights, plain state dicts, and DataParallel's `module.` prefix; half
-precision becomes float32. Files are read with `weights_only=True`, so nothing in them is executed.
+precision becomes float32. Files are read with `weights_only=True`, so nothing in them is executed,
+and the checksums in them are compared, which torch doesn't do.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,30 +38,44 @@ _NUMPY_SCALARS = [
 ]
 
 
-def read(path: str | os.PathLike) -> dict:
-    """The dict in a checkpoint file, tensors on the CPU.
+def read(path: str | os.PathLike, what: str = "checkpoint") -> dict:
+    """The dict in a file that torch wrote, tensors on the CPU; `what` it is, for the messages.
 
     Raises InputError when the file is missing, damaged, or holds more than values and tensors.
     """
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"{path} is a folder; name a checkpoint file in it, e.g. {BEST_SA}")
+        hint = f"; name a file in it, e.g. {BEST_SA}" if what == "checkpoint" else ""
+        raise InputError(f"{path}: a folder, not a {what} file{hint}")
     if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint file")
+        raise InputError(f"{path}: no such {what} file")
     try:
+        _check_archive(path)
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for damaged or refused files
+    except Exception as error:  # torch and zipfile raise many types for damaged or refused files
         told = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
         reason = next(iter(told.strip().splitlines()), type(error).__name__)[:120]
         if told.startswith("Unsupported"):
             raise InputError(
-                f"{path}: holds more than weights and was not opened ({reason})"
+                f"{path}: holds more than weights and was not opened ({reason.partition('. ')[0]})"
             ) from error
-        raise InputError(f"{path}: not a readable checkpoint ({reason})") from error
+        raise InputError(f"{path}: damaged, or not a {what} file ({reason})") from error
     if not isinstance(content, Mapping):
-        raise InputError(f"{path}: a checkpoint holds a dict, this is a {type(content).__name__}")
+        raise InputError(f"{path}: a {what} holds a dict, this is a {type(content).__name__}")
     return dict(content)
+
+
+def _check_archive(path: Path) -> None:
+    """Raise BadZipFile for a torch archive with a wrong checksum, or packed like no torch file."""
+    if not zipfile.is_zipfile(path):
+        return  # the format before torch 1.6
+    with zipfile.ZipFile(path) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise zipfile.BadZipFile("compressed")
+        damaged = archive.testzip()
+    if damaged:
+        raise zipfile.BadZipFile(f"checksum of {damaged}")
 
 
 def state_dict_of(checkpoint: Mapping, path: str | os.PathLike) -> dict[str, Tensor]:
@@ -71,11 +88,20 @@ def state_dict_of(checkpoint: Mapping, path: str | os.PathLike) -> dict[str, Ten
         raise InputError(f"{path}: no tensors in it, so not a state dict")
     tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
     for key, tensor in tensors.items():
+        if not is_plain(tensor):
+            raise InputError(f"{path}: {key} is no plain tensor")
         if tensor.is_floating_point():
             tensors[key] = tensor = tensor.float()
             if not torch.isfinite(tensor).all():
                 raise InputError(f"{path}: NaN or Inf in {key}")
     return tensors
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Dense, in memory, and no larger than its storage, as repeated strides can make it."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -176,7 +202,10 @@ def pretrained_state_dict(source: str | os.PathLike, arch: str) -> dict[str, Ten
 def save(checkpoint: Mapping, path: str | os.PathLike) -> None:
     """Write a checkpoint dict of tensors and plain values to `path`, atomically."""
     with replacing(path) as temporary:
-        torch.save(dict(checkpoint), temporary)
+        # torch's own writer meets a full disk with errors of several kinds, or aborts.
+        buffer = io.BytesIO()
+        torch.save(dict(checkpoint), buffer)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def _require_same_keys(

@@ -109,7 +109,21 @@ def decode(quantized: Quantized) -> Tensor:
     however many threads they are decoded.
     """
     q = quantized
-    low, high = q.low.double()[:, None], q.high.double()[:, None]
+    codes = q.codes.long().reshape(len(q.low), -1)
+    values = torch.empty(codes.shape, device=codes.device)
+    # The tables of many groups at 65,536 levels would take gigabytes together.
+    step = max(1, 2**22 // q.levels)
+    for first in range(0, len(codes), step):
+        rows = slice(first, first + step)
+        values[rows] = _table(q, rows).gather(1, codes[rows])
+    if q.zeros is not None:
+        values = values.masked_fill(q.zeros.reshape(codes.shape), 0.0)
+    return values.reshape(q.shape)
+
+
+def _table(q: Quantized, rows: slice) -> Tensor:
+    """Level values, float32 (groups, levels), of some of the groups."""
+    low, high = q.low[rows].double()[:, None], q.high[rows].double()[:, None]
     steps = q.levels // 2 if q.method == "log" else q.levels
     k = torch.arange(steps, dtype=torch.float64, device=low.device)
     table = low + k * (high - low) / (steps - 1)
@@ -118,11 +132,7 @@ def decode(quantized: Quantized) -> Tensor:
         table = torch.atanh(table.clamp(-_BELOW_ONE, _BELOW_ONE))
     elif q.method == "log":
         table = torch.stack([torch.exp2(table), -torch.exp2(table)], dim=-1).flatten(1)
-    codes = q.codes.long().reshape(len(low), -1)
-    values = table.float().gather(1, codes)
-    if q.zeros is not None:
-        values = values.masked_fill(q.zeros.reshape(codes.shape), 0.0)
-    return values.reshape(q.shape)
+    return table.float()
 
 
 def fake_quantize(tensor: Tensor, levels: int, method: str, per_channel: bool = False) -> Tensor:

@@ -28,10 +28,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from models import ARCHS
 from models.layers import carried_keys, infer_arch, is_carried, layer_keys
 from utils import quantize as quantizer
-from utils.atomic import replacing
-from utils.checkpoint import backbone_hash, read_state_dict
+from utils.checkpoint import backbone_hash, is_plain, read, read_state_dict, save
 from utils.errors import InputError, script_errors
 
 FORMAT = "robust-weight-signature"
@@ -263,8 +263,7 @@ class RobustWeightSignature:
             "payload": payload,
             "checksum": _checksum(meta, payload),
         }
-        with replacing(path) as temporary:
-            torch.save(document, temporary)
+        save(document, path)
         return Path(path).stat().st_size
 
     @classmethod
@@ -274,24 +273,16 @@ class RobustWeightSignature:
         Raises InputError naming the file when it is missing, damaged, truncated, of a newer
         version, or no signature at all.
         """
-        if Path(path).is_dir():
-            raise InputError(f"{path}: a folder, not a signature file")
-        try:
-            document = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such signature file") from None
-        except Exception as error:  # torch raises many types for damaged archives
-            raise InputError(
-                f"{path}: damaged, or not a signature file ({type(error).__name__})"
-            ) from error
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
+        document = read(path, "signature")
+        form, version = document.get("format"), document.get("version")
+        if not isinstance(form, str) or form != FORMAT:
             raise InputError(f"{path}: not a signature file (made by model_patching.py)")
-        if document.get("version") != VERSION:
-            raise InputError(
-                f"{path}: signature format {document.get('version')}, this code reads {VERSION}"
-            )
+        if not isinstance(version, int) or version != VERSION:
+            raise InputError(f"{path}: signature format {version}, this code reads {VERSION}")
         try:
             meta, payload = document["meta"], document["payload"]
+            if not is_plain(payload) or payload.dtype != torch.uint8:
+                raise ValueError("payload")
             intact = _checksum(meta, payload) == document["checksum"]
         except Exception as error:
             raise InputError(f"{path}: damaged signature file") from error
@@ -306,6 +297,7 @@ class RobustWeightSignature:
 
     @classmethod
     def _from_meta(cls, meta: dict, payload: Tensor) -> RobustWeightSignature:
+        _check_meta(meta)
         tensors, codes, start = {}, {}, 0
         for entry in meta["tensors"]:
             data = payload[start : start + entry["bytes"]]
@@ -387,7 +379,7 @@ def _unpack(entry: dict, data: Tensor) -> tuple[Tensor, quantizer.Quantized | No
     sizes = [4 * groups, 4 * groups, -(-count * bits // 8)]
     if entry["zeros"]:
         sizes.append(-(-count // 8))
-    if sum(sizes) != data.numel() or groups < 1 or count % groups:
+    if sum(sizes) != data.numel() or groups not in (1, *shape[:1]):
         raise InputError(f"{entry['key']}: {data.numel()} bytes, its table entry says {sum(sizes)}")
     low, high, codes, *zeros = data.split(sizes)
     q = quantizer.Quantized(
@@ -402,9 +394,30 @@ def _unpack(entry: dict, data: Tensor) -> tuple[Tensor, quantizer.Quantized | No
     return quantizer.decode(q), q
 
 
+def _check_meta(meta: dict) -> None:
+    """Raise InputError where a fact about a signature is not of its kind."""
+    texts = {name: meta[name] for name in ("arch", "layers") if name in meta}
+    texts |= {name: meta[name] for name in ("dataset", "pretrained", "standard") if meta[name]}
+    lists = {name: meta[name] for name in ("corruptions", "robust")}
+    wrong = [name for name, value in texts.items() if not isinstance(value, str)]
+    wrong += [
+        name
+        for name, value in lists.items()
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value)
+    ]
+    wrong += ["key" for entry in meta["tensors"] if not isinstance(entry["key"], str)]
+    if not isinstance(meta["keep_num"], int) or meta["severity"] not in (None, 1, 2, 3, 4, 5):
+        wrong.append("keep_num or severity")
+    if meta["quantization"]:
+        form = Quantization(**meta["quantization"])
+        quantizer.check_levels(form.levels, form.method)
+    if wrong or meta["arch"] not in ARCHS:
+        raise InputError(f"not a valid signature: {', '.join(wrong) or meta['arch']}")
+
+
 def _checksum(meta: dict, payload: Tensor) -> str:
     digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
-    digest.update(payload.numpy().tobytes())
+    digest.update(payload.contiguous().numpy())
     return digest.hexdigest()
 
 

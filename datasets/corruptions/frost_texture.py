@@ -27,9 +27,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from datasets.cache import read_image
 from utils.errors import InputError
 
 PHOTOGRAPHS = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
@@ -124,10 +124,9 @@ def _photographs(folder: Path) -> list[Tensor]:
                 f"--frost_dir {folder}: {name} is missing; it must hold {', '.join(PHOTOGRAPHS)}"
             )
         try:
-            with Image.open(folder / name) as image:
-                rgb = np.array(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
-            raise InputError(f"--frost_dir {folder}: can't read {name}: {error}") from error
+            rgb = np.array(read_image(folder / name))
+        except InputError as error:
+            raise InputError(f"--frost_dir: can't read {name}: {error}") from error
         if min(rgb.shape[:2]) < SMALLEST_SIDE:
             raise InputError(
                 f"--frost_dir {folder}: {name} is {rgb.shape[1]}×{rgb.shape[0]}; the original "
