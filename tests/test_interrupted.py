@@ -1,0 +1,512 @@
+"""Whatever ends a run, whoever else writes there: files are whole or absent, nothing is lost."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import datasets
+import make_corruptions
+import model_patching
+import train_corruption
+from datasets import cache
+from models import build_model
+from models.normalize import Normalize
+from tests.forkserver import Server
+from utils import atomic, report
+from utils import checkpoint as ckpt
+from utils.errors import InputError, script_errors
+from utils.lock import hold
+from utils.signature import RobustWeightSignature
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+# ---- what runs in processes of its own ------------------------------------------------------
+
+
+class Small(nn.Module):
+    """Everything that a checkpoint has to bring back: batch norm, and dropout's random state."""
+
+    def __init__(self, arch, classes, mean, std):
+        super().__init__()
+        self.normalize = Normalize(mean, std)
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.BatchNorm2d(8), nn.Dropout(0.5))
+        self.fc = nn.Linear(8, classes)
+
+    def forward(self, images):
+        return self.fc(self.features(self.normalize(images)).amax((2, 3)))
+
+
+def train(argv, pause=0.0):
+    """train_corruption.py with a small model; `pause` seconds in every write of a checkpoint."""
+    write = Path.write_bytes
+
+    def slowly(path, data):
+        write(path, data[: len(data) // 2])
+        time.sleep(pause)
+        return write(path, data)
+
+    Path.write_bytes = slowly
+    torch.set_num_threads(1)
+    train_corruption.build_model = Small
+    train_corruption.main(argv)
+
+
+def train_one_after_the_other(*runs):
+    for argv in runs:
+        train(argv)
+
+
+def train_and_stop_in_the_second_write(argv, marker):
+    """Wait for ever in the middle of writing the checkpoint of the second epoch."""
+    write = Path.write_bytes
+
+    def stopping(path, data):
+        if path.name.startswith(f".{ckpt.LAST}.") and (path.parent / ckpt.LAST).exists():
+            write(path, data[: len(data) // 2])
+            Path(marker).touch()
+            time.sleep(600)
+        return write(path, data)
+
+    Path.write_bytes = stopping
+    train(argv)
+
+
+def load(root, marker=None):
+    """Decode a data set in several threads, with `marker` slowly."""
+    read = cache.read_image
+
+    def slowly(*arguments):
+        if marker and threading.current_thread() is not threading.main_thread():
+            Path(marker).touch()
+            time.sleep(0.5)
+        return read(*arguments)
+
+    cache.read_image, cache._PIECE = slowly, 2
+    with script_errors():
+        datasets.load("folder", root, "all")
+
+
+def add_to_log(path, times):
+    for _ in range(times):
+        row = {"TA": 1.0, "RA": {"fog": 2.0}}
+        model_patching.update_log(Path(path), row, row)
+
+
+def corrupt(argv):
+    os.sync = lambda: None  # all disks of the machine, which may be busy with other things
+    torch.set_num_threads(1)
+    make_corruptions.main(argv)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server("tests.test_interrupted", tmp_path_factory.mktemp("logs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two classes hard to tell apart, so that every few epochs are the best, 32 training images."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 16), ("test", 4)):
+        for label, name in enumerate("ab"):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 120, (16, 16, 3), dtype=np.uint8) + 15 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{i}.png")
+    return root
+
+
+def flags(data, save_dir, epochs, *more):
+    argv = ["--dataset", "folder", "--data", data, "--arch", "resnet18", "--epochs", epochs]
+    argv += ["--batch_size", 8, "--decreasing_lr", f"{epochs // 2}", "--device", "cpu", "--no-amp"]
+    return [str(a) for a in (*argv, "--save_dir", save_dir, *more)]
+
+
+def hidden(folder):
+    return [path.name for path in Path(folder).iterdir() if path.name.startswith(".")]
+
+
+def check_whole(folder):
+    """Every file that a killed run left, but for temporary ones, reads back."""
+    for path in Path(folder).iterdir() if Path(folder).exists() else ():
+        if path.name == "results.json":
+            json.loads(path.read_text())
+        elif not path.name.startswith("."):
+            assert ckpt.read(path)["epoch"] >= 1
+            ckpt.read_state_dict(path)
+
+
+def bits(value):
+    """A checkpoint as nested tuples of plain values and bytes, without the times in it."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.contiguous().numpy().tobytes()
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if k != "images_per_second"}
+        return tuple((k, bits(v)) for k, v in kept.items())
+    return tuple(map(bits, value)) if isinstance(value, (list, tuple)) else value
+
+
+def outcome(folder):
+    names = {path.name for path in folder.iterdir()}
+    assert names == {ckpt.LAST, ckpt.BEST_SA, ckpt.BEST_RA, "results.json"}
+    result = json.loads((folder / "results.json").read_text())
+    files = {name: bits(ckpt.read(folder / name)) for name in names if name.endswith(".tar")}
+    return files, result["TA"], result["RA"], result["epoch"]
+
+
+# ---- one run, interrupted -------------------------------------------------------------------
+
+
+def test_killed_at_twenty_moments_a_run_ends_in_the_same_bits(server, data, tmp_path):
+    more = ("--corruption", "gaussian_noise", "fog", "--resample_corruption", "--resume")
+
+    def start(name):
+        return server.start("train", flags(data, tmp_path / name, 8, *more), 0.004)
+
+    assert start("first").wait() == 0
+    began = time.monotonic()
+    assert start("whole").wait() == 0
+    length = time.monotonic() - began
+    expected = outcome(tmp_path / "whole")
+    assert expected[0][ckpt.LAST]
+
+    moments, kills, runs = random.Random(0), 0, 0
+    while kills < 20:
+        job = start(f"killed{runs}")
+        time.sleep(moments.uniform(0.1, 0.6) * length)
+        os.kill(job.pid, signal.SIGKILL)
+        killed = job.wait() == -signal.SIGKILL
+        check_whole(tmp_path / f"killed{runs}")
+        kills += killed
+        if not killed:
+            assert job.status() == 0, job.printed
+            assert outcome(tmp_path / f"killed{runs}") == expected
+            runs += 1
+    job = start(f"killed{runs}")
+    assert job.wait() == 0, job.printed
+    assert outcome(tmp_path / f"killed{runs}") == expected
+
+
+def test_same_seed_same_bits(server, data, tmp_path):
+    for name in "ab":
+        assert (
+            server.start("train", flags(data, tmp_path / name, 2, "--corruption", "fog")).wait()
+            == 0
+        )
+    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_signal_in_mid_write_removes_the_temporary_file(
+    server, data, tmp_path, number, status, said
+):
+    marker, folder = tmp_path / "marker", tmp_path / "run"
+    job = server.start("train_and_stop_in_the_second_write", flags(data, folder, 3), str(marker))
+    while not marker.exists():
+        assert job.status() is None, job.printed
+        time.sleep(0.01)
+    assert hidden(folder)
+    os.kill(job.pid, number)
+    assert job.wait() == status
+    assert job.printed.endswith(f"{said}\n") and "Traceback" not in job.printed
+    assert not hidden(folder)
+    assert ckpt.read(folder / ckpt.LAST)["epoch"] == 1
+    check_whole(folder)
+
+
+def test_sigterm_ends_a_run_whose_threads_are_at_work(server, tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "a" / "0.png")
+    for i in range(1, 500):
+        os.link(tmp_path / "train" / "a" / "0.png", tmp_path / "train" / "a" / f"{i}.png")
+    marker = tmp_path / "marker"
+    job = server.start("load", str(tmp_path), str(marker))
+    while not marker.exists():
+        assert job.status() is None, job.printed
+        time.sleep(0.01)
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.wait() == 143
+    assert job.printed == "terminated\n" and not list((tmp_path / ".rws_cache").iterdir())
+
+
+def test_a_run_begun_anew_never_mixes_with_the_one_before(server, data, tmp_path):
+    marker, folder = tmp_path / "marker", tmp_path / "run"
+    assert server.start("train", flags(data, folder, 2, "--corruption", "fog")).wait() == 0
+    again = flags(data, folder, 3, "--seed", 1)
+    job = server.start("train_and_stop_in_the_second_write", again, str(marker))
+    while not marker.exists():
+        assert job.status() is None, job.printed
+        time.sleep(0.01)
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    left = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    assert {ckpt.LAST, ckpt.BEST_SA} == left  # nor results.json, which would say "finished"
+    assert {ckpt.read(folder / name)["seed"] for name in left} == {1}
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_epoch(
+    data, tmp_path, monkeypatch
+):
+    class Breaking(Small):
+        steps = 0
+
+        def forward(self, images):
+            logits = super().forward(images)
+            Breaking.steps += self.training
+            return logits if Breaking.steps < 6 else logits * float("nan")  # 4 steps an epoch
+
+    monkeypatch.setattr(train_corruption, "build_model", Breaking)
+    args = train_corruption.parse_args(flags(data, tmp_path / "run", 3))
+    with pytest.raises(InputError, match=r"loss is nan at step \d+ of epoch 2/3 with --lr 0\.001"):
+        train_corruption.train(args)
+    assert ckpt.read(tmp_path / "run" / ckpt.LAST)["epoch"] == 1
+    check_whole(tmp_path / "run")
+    assert not hidden(tmp_path / "run") and not (tmp_path / "run" / "results.json").exists()
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
+    path = tmp_path / "a.tar"
+    old, alive = tmp_path / ".a.tar.abcdefgh.tmp.tar", tmp_path / ".b.tar.abcdefgh.tmp.tar"
+    old.touch()
+    alive.touch()
+    with atomic.replacing(path) as temporary:
+        assert not old.exists() and alive.exists()  # another file's is not ours to delete
+        atomic.write_text(path, "a second writer")
+        assert temporary.exists()  # nor one that is being written
+        temporary.write_text("the first")
+    assert path.read_text() == "the first"
+    assert sorted(os.listdir(tmp_path)) == [alive.name, path.name]
+
+
+# ---- two processes --------------------------------------------------------------------------
+
+
+def test_a_second_trainer_is_refused_while_the_first_lives(server, data, tmp_path):
+    marker, folder = tmp_path / "marker", tmp_path / "run"
+    first = server.start("train_and_stop_in_the_second_write", flags(data, folder, 3), str(marker))
+    while not marker.exists():
+        assert first.status() is None, first.printed
+        time.sleep(0.01)
+    before = sorted(os.listdir(folder))
+    second = server.start("train", flags(data, folder, 3, "--resume"))
+    assert second.wait() == 2
+    (line,) = [line for line in second.printed.splitlines() if "error: " in line]
+    assert line.startswith(f"error: --save_dir {folder}") and f"process {first.pid}" in line
+    assert sorted(os.listdir(folder)) == before
+    os.kill(first.pid, signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    third = server.start("train", flags(data, folder, 3, "--resume"))
+    assert third.wait() == 0, third.printed
+    assert not hidden(folder)
+
+
+def test_one_process_may_train_in_a_folder_again_and_again(server, data, tmp_path):
+    again = [flags(data, tmp_path / name, 1) for name in ("a", "b", "a")]
+    job = server.start("train_one_after_the_other", *again)
+    assert job.wait() == 0, job.printed
+
+
+def test_writers_of_one_log_lose_nothing(server, tmp_path):
+    log = tmp_path / "log.pt"
+    jobs = [server.start("add_to_log", str(log), 8) for _ in range(3)]
+    assert [job.wait() for job in jobs] == [0] * 3
+    assert len(model_patching.read_log(log)["std"]["clean"]) == 24
+    assert os.listdir(tmp_path) == ["log.pt"]
+
+
+def test_a_lock_goes_with_its_holder(tmp_path):
+    path = tmp_path / "new" / "lock"
+    with hold(path):
+        with (
+            pytest.raises(InputError, match=rf"busy: process {os.getpid()} on"),
+            hold(path, "busy"),
+        ):
+            pass
+        assert path.exists()
+    assert not path.parent.exists()  # made for it, and empty
+    path.parent.mkdir()
+    path.write_text("process 1 on a machine that lost power")
+    with hold(path, "busy"):
+        (path.parent / "kept").touch()
+    assert os.listdir(path.parent) == ["kept"]
+
+
+def test_two_processes_make_one_cache(server, data, tmp_path):
+    os.symlink(data / "train", tmp_path / "train")
+    jobs = [server.start("load", str(tmp_path)) for _ in range(3)]
+    assert [job.wait() for job in jobs] == [0] * 3, jobs[0].printed
+    (made,) = (tmp_path / ".rws_cache").iterdir()
+    rows = torch.arange(32)
+    found = cache._from_cache(made, 32, rows)
+    assert torch.equal(found, datasets.load("folder", data, "all").images)
+
+
+@pytest.mark.parametrize("layout", ["rws", "folders"])
+def test_two_processes_corrupt_into_one_folder(server, data, tmp_path, layout):
+    def argv(out, seed):
+        names = ["--corruption", "gaussian_noise", "contrast", "fog", "--layout", layout]
+        more = ["--severity", 3, "--overwrite", "--seed", seed, "--out", tmp_path / out]
+        return [str(a) for a in ("--dataset", "folder", "--data", data, *names, *more)]
+
+    for seed in (0, 1):
+        assert server.start("corrupt", argv(f"alone{seed}", seed)).wait() == 0
+    jobs = [server.start("corrupt", argv("both", seed)) for seed in (0, 1, 0, 1)]
+    assert [job.wait() for job in jobs] == [0] * 4, [job.printed for job in jobs]
+    left = [path for path in (tmp_path / "both").rglob("*") if path.suffix in (".lock", ".tmp")]
+    assert not left
+    records = list((tmp_path / "both" / ".made").rglob("*.json"))
+    assert len(records) == 6
+    for record in records:
+        seed = json.loads(record.read_text())["settings"]["seed"]
+        place = record.relative_to(tmp_path / "both" / ".made").with_suffix("")
+        for path in (tmp_path / "both" / place, *(tmp_path / "both" / place).rglob("*.JPEG")):
+            same = tmp_path / f"alone{seed}" / path.relative_to(tmp_path / "both")
+            assert path.is_dir() or path.read_bytes() == same.read_bytes()
+
+
+# ---- a full disk ----------------------------------------------------------------------------
+
+
+def save_checkpoint(path, value):
+    ckpt.save({"state_dict": {"a": torch.full((1000,), float(value))}}, path)
+
+
+def save_signature(path, value):
+    tensor = torch.full((1000,), float(value))
+    RobustWeightSignature({"features.0.bias": tensor}, "vgg11", 1).save(path)
+
+
+def save_log(path, value):
+    row = {"TA": float(value), "RA": {"fog": float(value)}}
+    model_patching.update_log(path, row, row)
+
+
+def save_json(path, value):
+    report.write_json(path, {"value": [value] * 1000})
+
+
+def save_array(path, value):
+    with atomic.replacing(path) as temporary:
+        np.save(temporary, np.full(1000, value))
+
+
+WRITERS = {"a.tar": save_checkpoint, "a.rws": save_signature, "log": save_log}
+WRITERS |= {"a.json": save_json, "a.npy": save_array}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_when_the_disk_fills_up_the_old_file_stays(tmp_path, monkeypatch, name, call):
+    path = tmp_path / name
+    WRITERS[name](path, 1)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise FULL
+
+    monkeypatch.setattr(*((os, "fsync", full) if call == "fsync" else (Path, "replace", full)))
+    with pytest.raises(InputError, match=rf"cannot write .*{name}: No space left"):
+        WRITERS[name](path, 2)
+    monkeypatch.undo()
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [name]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder of 1 MB: a tmpfs of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("no mount command")
+    if done.returncode:
+        pytest.skip(f"no tmpfs can be mounted: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder, leave=0):
+    """Take all room but `leave` bytes."""
+    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_bsize - leave
+    (folder / "filler").write_bytes(bytes(free))
+
+
+def test_on_a_full_disk_every_writer_keeps_what_is_there(small_disk, tmp_path):
+    for name, write in WRITERS.items():
+        write(small_disk / name, 1)
+    before = {path.name: path.read_bytes() for path in small_disk.iterdir()}
+    fill(small_disk)
+    for name, write in WRITERS.items():
+        with pytest.raises(InputError, match=rf"cannot write .*{name}.*No space left|requested"):
+            write(small_disk / name, 2)
+    assert {n: (small_disk / n).read_bytes() for n in before} == before
+    assert set(os.listdir(small_disk)) == {*before, "filler"}
+    os.unlink(small_disk / "filler")
+    for name, write in WRITERS.items():
+        write(small_disk / name, 2)
+    assert all((small_disk / n).read_bytes() != b for n, b in before.items())
+
+
+def test_training_on_a_full_disk_ends_in_one_line_and_goes_on_later(
+    server, data, small_disk, tmp_path
+):
+    argv = flags(data, small_disk / "run", 3, "--resume", "--corruption", "fog")
+    whole = flags(data, tmp_path / "whole", 3, "--corruption", "fog")
+    assert server.start("train", whole).wait() == 0
+    size = (tmp_path / "whole" / ckpt.LAST).stat().st_size
+    fill(small_disk, 3 * size)  # two files, and the third under its temporary name no more
+    job = server.start("train", argv)
+    assert job.wait() == 2
+    line = job.printed.splitlines()[-1]
+    assert line.startswith("error: cannot write") and line.endswith("No space left on device")
+    assert "Traceback" not in job.printed and not hidden(small_disk / "run")
+    check_whole(small_disk / "run")
+    os.unlink(small_disk / "filler")
+    assert server.start("train", argv).wait() == 0
+    assert outcome(small_disk / "run") == outcome(tmp_path / "whole")
+
+
+def test_corrupting_on_a_full_disk_leaves_nothing_half(data, small_disk, monkeypatch):
+    argv = ["--dataset", "folder", "--data", str(data), "--corruption", "contrast"]
+    argv += ["--out", str(small_disk / "out")]
+    fill(small_disk, 5000)
+    before = sorted(os.listdir(small_disk))
+    with pytest.raises(InputError, match=r"kB to write, .* free there"):
+        make_corruptions.make(make_corruptions.parse_args(argv))
+    assert sorted(os.listdir(small_disk)) == before
+    # Something else may fill the disk after that.
+    monkeypatch.setattr(make_corruptions, "check_space", lambda *_: (0, 0))
+    for layout in ("rws", "folders"):
+        with pytest.raises(InputError, match=r"cannot write .*No space left"):
+            make_corruptions.make(make_corruptions.parse_args([*argv, "--layout", layout]))
+        images = {".npy", ".JPEG", ".tmp"}
+        made = [path for path in (small_disk / "out").rglob("*") if path.suffix in images]
+        assert {path.name for path in made} <= {"labels.npy"}
+
+
+def test_a_checkpoint_that_can_not_be_written_is_seen_before_training(data, tmp_path):
+    (tmp_path / "file").touch()
+    argv = flags(data, tmp_path / "file" / "run", 1)
+    with pytest.raises(InputError, match="cannot write"):
+        train_corruption.train(train_corruption.parse_args(argv))
+    assert build_model  # the model was not asked for
