@@ -71,7 +71,7 @@ from models.layers import is_carried, layer_keys
 from tests.reference import RandomDraws, digital, weather
 from utils import arguments, quantize, report
 from utils import checkpoint as ckpt
-from utils.atomic import write_text
+from utils.atomic import check_writable, write_text
 from utils.engine import (
     TrainStep,
     choose_device,
@@ -1222,6 +1222,8 @@ def _check(args: argparse.Namespace) -> None:
     for flag, low in lowest.items():
         if getattr(args, flag, None) is not None:
             arguments.check_at_least(args, **{flag: low})
+    if args.out:
+        check_writable(args.out)
     if "workers" in args:
         _check_pipeline(args)
     if "corruption" in args:

@@ -147,7 +147,8 @@ def recipe(args: argparse.Namespace) -> tuple[int, str]:
     """Epochs, and those after which the learning rate falls: the preset's, or by --epochs."""
     if args.epochs is None:
         return PRESETS[args.preset].epochs, PRESETS[args.preset].decreasing_lr
-    return args.epochs, ",".join(str(max(1, round(args.epochs * at))) for at in (0.4, 0.8))
+    falls = dict.fromkeys(str(max(1, round(args.epochs * at))) for at in (0.4, 0.8))
+    return args.epochs, ",".join(falls)
 
 
 def data_tag(args: argparse.Namespace, classes: str | None) -> str:
@@ -579,6 +580,9 @@ def demo_figure(rows: Sequence[dict], path: Path) -> None:
 # ---- measuring ---------------------------------------------------------------------------------
 
 
+ACCURACIES = "accuracies.json"  # in --runs: every accuracy measured
+
+
 class Bench:
     """The models of one seed, ready to be patched and measured; no accuracy is measured twice.
 
@@ -605,7 +609,7 @@ class Bench:
         if target is not None:  # its lineage is another by design, no reason to warn
             self.study.target.pretrained_hash = None
         self.sets = {"clean": self.study.clean, **self.study.corrupted}
-        self.kept = Measurements(Path(args.runs) / "accuracies.json", fresh=args.force)
+        self.kept = Measurements(Path(args.runs) / ACCURACIES)
         self.hashes = {name: fingerprint(images) for name, images in self.sets.items()}
         self.target = tensors_hash(self.study.target.state_dict())
         self.signatures: dict[tuple[str, int], RobustWeightSignature] = {}
@@ -898,7 +902,7 @@ def similarity(args: argparse.Namespace) -> None:
         others = [of_seed[s] for s in of_seed if s != seed]
         centroids = {c: sum(o[c] for o in others if c in o) for o in others for c in o}
         for name, signature in signatures.items():
-            if name in centroids:
+            if name in centroids and len(centroids) > 1:
                 near = {c: cosine(signature, centre)["overall"] for c, centre in centroids.items()}
                 best = max(near, key=near.get)
                 ordered = sorted(near.values(), reverse=True)
@@ -1396,7 +1400,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 return
             check_writable(args.out)
             train_all(args, todo)
-            args.force = False  # what is trained now is not to be trained again
+            if args.force:
+                (Path(args.runs) / ACCURACIES).unlink(missing_ok=True)
         EXPERIMENTS[args.experiment](args)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from utils import report
 from utils.errors import InputError
+from utils.lock import hold
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -29,12 +30,12 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 class Measurements:
     """Accuracies, in percent, in the JSON file `path`.
 
-    Raises InputError where the file holds something else. `fresh`: forget what it holds.
+    Raises InputError where the file holds something else.
     """
 
-    def __init__(self, path: Path, fresh: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.known: dict[str, float] = {} if fresh else self._read()
+        self.known: dict[str, float] = self._read()
 
     def _read(self) -> dict[str, float]:
         if not self.path.exists():
@@ -51,7 +52,7 @@ class Measurements:
         """The accuracy under `key`, by `measure` where it is not known yet; kept at once."""
         if key not in self.known:
             self.known[key] = measure()
-            # Another process may have added some meanwhile.
-            self.known = {**(self._read() if self.path.exists() else {}), **self.known}
-            report.write_json(self.path, self.known)
+            with hold(self.path.with_name(f".{self.path.name}.lock")):
+                self.known = self._read() | self.known  # another process may have added some
+                report.write_json(self.path, self.known)
         return self.known[key]
