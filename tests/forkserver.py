@@ -119,6 +119,8 @@ def run(function, arguments: Sequence, log: str) -> None:
         handle = os.open(place, os.O_RDONLY if not stream else os.O_WRONLY | os.O_APPEND)
         os.dup2(handle, stream)
         os.close(handle)
+    # Inherited as ignored where a shell has put the tests into the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 0
     try:
         function(*arguments)
