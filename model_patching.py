@@ -368,8 +368,9 @@ def load_study(args: argparse.Namespace) -> Study:
         for name in signature.corruptions:
             severities[name] = signature.severity or args.severity
     clean = arguments.load_images(args, args.data, "test")
+    base = ckpt.read(args.base_model)
     path = args.patched_model or args.base_model
-    checkpoint = ckpt.read(path)
+    checkpoint = ckpt.read(path) if args.patched_model else base
     target_state = ckpt.state_dict_of(checkpoint, path)
     constants = ([0.0] * 3, [1.0] * 3)
     if "normalize.mean" not in target_state:
@@ -392,7 +393,7 @@ def load_study(args: argparse.Namespace) -> Study:
         states=states,
         signatures=signatures,
         severities=severities,
-        source=ckpt.read(args.base_model).get("dataset", dataset),
+        source=base.get("dataset", dataset),
         clean=resident(clean),
         corrupted={name: resident(images) for name, images in corrupted.items()},
     )
@@ -479,11 +480,6 @@ def holding(study: Study, state: dict[str, Tensor], path: str | Path) -> Iterato
 
 
 # ---- results --------------------------------------------------------------------------------
-
-
-def recovered(standard: float, after: float, robust: float) -> float | None:
-    """Share of the robust model's gain that a patch recovers, in percent; None without a gain."""
-    return 100 * (after - standard) / (robust - standard) if robust > standard else None
 
 
 def table(rows: Sequence[dict], own: Sequence[str]) -> str:
@@ -593,7 +589,8 @@ def run(args: argparse.Namespace) -> dict:
         row["RA_mean"] = report.mean(row["RA"][c] for c in own)
     if robust:
         for row in rows[1:-1]:
-            row["recovered"] = recovered(standard["RA_mean"], row["RA_mean"], robust["RA_mean"])
+            ras = (of["RA_mean"] for of in (standard, row, robust))
+            row["recovered"] = report.recovered(*ras)
     print(table(rows, own))
     warn_below_chance(rows, len(study.clean.classes))
     if args.save_signature:

@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import itertools
 import json
 import os
@@ -66,6 +67,7 @@ from utils.batchnorm import has_batchnorm
 from utils.engine import TrainStep, choose_device, evaluate, to_device, train_epoch, use_amp
 from utils.errors import InputError, script_errors
 from utils.figures import BLUE, GREY, ORANGE
+from utils.lock import hold
 from utils.measurements import Measurements, tensors_hash
 from utils.quantize import METHODS, check_levels
 from utils.signature import RobustWeightSignature, cosine, patch
@@ -138,9 +140,9 @@ class Job:
     def done(self) -> bool:
         return (self.folder / "results.json").exists()
 
-    def command(self) -> list[str]:
-        """The arguments of train_corruption.py, going on from what is there."""
-        return [*self.flags, "--save_dir", str(self.folder), "--resume"]
+    def command(self, resume: bool = True) -> list[str]:
+        """The arguments of train_corruption.py; with `resume` it goes on from what is there."""
+        return [*self.flags, "--save_dir", str(self.folder), *(["--resume"] if resume else [])]
 
 
 def recipe(args: argparse.Namespace) -> tuple[int, str]:
@@ -268,9 +270,14 @@ def complete_seeds(args: argparse.Namespace) -> list[int]:
     return [seed for seed, names in seeds(args) if names == args.corruptions]
 
 
+def missing(args: argparse.Namespace, todo: Sequence[Job]) -> list[Job]:
+    """Those of the jobs that are still to be done; with --force all."""
+    return [job for job in todo if args.force or not job.done]
+
+
 def list_commands(args: argparse.Namespace, todo: Sequence[Job]) -> None:
     """Print a command line for each model that is missing."""
-    todo = [job for job in todo if args.force or not job.done]
+    todo = missing(args, todo)
     if args.pretrains and not Path(args.pretrained).exists():
         own = [arg for arg in args.command_line if arg not in ("--list", args.experiment)]
         print(shlex.join(["python", "reproduce.py", "pretrain", *own]))
@@ -284,21 +291,20 @@ def list_commands(args: argparse.Namespace, todo: Sequence[Job]) -> None:
 
 def train_all(args: argparse.Namespace, todo: Sequence[Job]) -> None:
     """Train the models that are missing, on --devices at once if several are named."""
-    if args.pretrains:
-        make_pretrained(args)
+    make_own_pretrained(args)
     pretrained_hash = {}
+    left = missing(args, todo)
     for job in todo:
-        if job.done and not args.force:
+        if job not in left:
             check_same_run(job, pretrained_hash)
-    todo = [job for job in todo if args.force or not job.done]
-    for stage in sorted({job.stage for job in todo}):
-        of_stage = [job for job in todo if job.stage == stage]
+    for _, group in itertools.groupby(left, key=lambda job: job.stage):
+        of_stage = list(group)
         if len(args.devices) > 1:
             train_on(args.devices, of_stage, args.force)
             continue
         for i, job in enumerate(of_stage, start=1):
             print(f"\n[{i}/{len(of_stage)}] {job.title}", flush=True)
-            finetune(job.command()[: -1 if args.force else None])
+            finetune(job.command(resume=not args.force))
 
 
 def finetune(argv: Sequence[str]) -> dict:
@@ -331,7 +337,7 @@ def train_on(devices: Sequence[str], todo: Sequence[Job], force: bool) -> None:
                 return
             print(f"{device}: {job.title}", flush=True)
             job.folder.mkdir(parents=True, exist_ok=True)
-            argv = [*job.command()[: -1 if force else None], "--device", device]
+            argv = [*job.command(resume=not force), "--device", device]
             log = job.folder / "train.log"
             with open(log, "w") as file:
                 command = [sys.executable, script, *argv]
@@ -382,22 +388,41 @@ def check_same_run(job: Job, pretrained_hash: dict[str, str]) -> None:
 # ---- θ_pre, where no file is at hand ------------------------------------------------------------
 
 
-def make_pretrained(args: argparse.Namespace) -> None:
-    """Train θ_pre on the other half of the classes (synthetic: on its own set for that)."""
-    path = Path(args.pretrained)
-    if path.exists() and not args.force:
-        return
+def pretraining_images(args: argparse.Namespace) -> ImageSet:
+    """Training images of the other half of the classes (synthetic: its own set for that)."""
     if args.pretrain_classes:
         parts = copy.copy(args)
         parts.classes = args.pretrain_classes
-        images = arguments.load_images(parts, args.data, "train")
-    else:
-        images = synthetic.load("pretrain", args.image_size)
-        images = images if args.train_images is None else datasets.spaced(images, args.train_images)
-    device = choose_device(args.device)
-    what = f"{args.arch} on {len(images):,} images of {len(images.classes)} other classes"
-    print(f"θ_pre: {what}", flush=True)
-    pretrain(args.arch, images, args.pretrain_epochs, device, use_amp(device, None), path)
+        return arguments.load_images(parts, args.data, "train")
+    images = synthetic.load("pretrain", args.image_size)
+    return images if args.train_images is None else datasets.spaced(images, args.train_images)
+
+
+def make_pretrained(
+    args: argparse.Namespace,
+    path: Path,
+    arch: str,
+    epochs: int,
+    load: Callable[[], ImageSet],
+) -> None:
+    """Train θ_pre on the images of `load` into `path`, unless it is there and not to be redone.
+
+    Of several processes that want it one trains, the others wait for it.
+    """
+    with hold(path.with_name(f".{path.name}.lock")):
+        if path.exists() and not args.force:
+            return
+        images, device = load(), choose_device(args.device)
+        count = f"{len(images):,} images of {len(images.classes)} other classes"
+        print(f"θ_pre: {arch} on {count}", flush=True)
+        pretrain(arch, images, epochs, device, use_amp(device, None), path)
+
+
+def make_own_pretrained(args: argparse.Namespace) -> None:
+    """Train θ_pre of a study where this script is to make it."""
+    if args.pretrains:
+        load = functools.partial(pretraining_images, args)
+        make_pretrained(args, Path(args.pretrained), args.arch, args.pretrain_epochs, load)
 
 
 def pretrain(
@@ -462,13 +487,8 @@ def demo(args: argparse.Namespace) -> None:
     pretrained, root = runs / "pretrained.pth.tar", runs / "robust"
     common = ["--dataset", "synthetic", "--arch", DEMO_ARCH, "--device", args.device]
 
-    if args.force or not pretrained.exists():
-        images = synthetic.load("pretrain")
-        count = f"{len(images):,} images of {len(images.classes)} other classes"
-        print(f"θ_pre: {DEMO_ARCH} on {count}")
-        amp = use_amp(device, None)
-        pretrain(DEMO_ARCH, images, DEMO_PRETRAIN_EPOCHS, device, amp, pretrained)
-
+    load = functools.partial(synthetic.load, "pretrain")
+    make_pretrained(args, pretrained, DEMO_ARCH, DEMO_PRETRAIN_EPOCHS, load)
     recipe = [
         "--pretrained_path",
         str(pretrained),
@@ -581,6 +601,7 @@ def demo_figure(rows: Sequence[dict], path: Path) -> None:
 
 
 ACCURACIES = "accuracies.json"  # in --runs: every accuracy measured
+State = dict[str, torch.Tensor]
 
 
 class Bench:
@@ -612,6 +633,7 @@ class Bench:
         self.kept = Measurements(Path(args.runs) / ACCURACIES)
         self.hashes = {name: fingerprint(images) for name, images in self.sets.items()}
         self.target = tensors_hash(self.study.target.state_dict())
+        self.others: dict[Path, str] = {}  # hashes of other models
         self.signatures: dict[tuple[str, int], RobustWeightSignature] = {}
 
     def signature(self, name: str, keep_num: int | None = None) -> RobustWeightSignature:
@@ -638,16 +660,18 @@ class Bench:
         put_on = lambda: model_patching.patched(self.study, signatures, w)  # noqa: E731
         return self._measure(title, key, names, put_on)
 
-    def model(self, path: Path, names: Sequence[str]) -> dict:
-        """The same of another model of these classes."""
-        state = ckpt.read_state_dict(path)
+    def model(self, path: Path, names: Sequence[str], state: State | None = None) -> dict:
+        """The same of another model of these classes, of the weights `state` where given."""
+        state = ckpt.read_state_dict(path) if state is None else state
+        if path not in self.others:
+            self.others[path] = tensors_hash(state)
         put_on = lambda: model_patching.holding(self.study, state, path)  # noqa: E731
-        return self._measure(str(path.parent.name), tensors_hash(state), names, put_on)
+        return self._measure(str(path.parent.name), self.others[path], names, put_on)
 
     def robust(self, name: str) -> dict:
         """The same of θ_c, on its own corruption."""
         path = model_patching.find_robust(robust_root(self.args, self.seed), name)
-        return self.model(path, [name])
+        return self.model(path, [name], self.study.states[name])
 
     def _measure(
         self, title: str, key: str, names: Sequence[str], put_on: Callable[[], object]
@@ -709,12 +733,6 @@ def spread(values: Iterable[float | None]) -> str | None:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def recovered(row: dict) -> float | None:
-    """Share of the robust model's gain in RA that the patch of a row recovers, in percent."""
-    kinds = ("standard", "patched", "robust")
-    return model_patching.recovered(*(row[kind]["RA"] for kind in kinds))
-
-
 def accuracy_columns(args: argparse.Namespace, *first: str) -> list[str]:
     """The header of a table whose lines end as `accuracies` does."""
     return [*first, "TA, %", "RA, %", "recovered, %", *(f"RA {c}, %" for c in args.corruptions)]
@@ -734,11 +752,23 @@ def accuracies(args: argparse.Namespace, rows: Sequence[dict], kind: str) -> lis
 
     whole = complete_seeds(args)
     measures = [lambda row: row[kind]["TA"], lambda row: row[kind]["RA"]]
-    measures.append(recovered if kind == "patched" else lambda row: None)
+    measures.append(claims.recovered_of if kind == "patched" else lambda row: None)
     line = [spread(mean(value, seed) for seed in whole) for value in measures]
     for name in args.corruptions:
         line.append(spread(row[kind]["RA"] for row in rows if row["corruption"] == name))
     return line
+
+
+def sweep(args: argparse.Namespace, rows: Sequence[dict], knob: str, title: str) -> list[list]:
+    """The lines of a table over the values of rows[…][knob]: a patch each, between its bounds."""
+    values = list(dict.fromkeys(row[knob] for row in rows))
+    of = {value: [row for row in rows if row[knob] == value] for value in values}
+    bounds = of[values[0]]
+    return [
+        ["standard", *accuracies(args, bounds, "standard")],
+        *([f"patched, {title} {v:g}", *accuracies(args, of[v], "patched")] for v in values),
+        ["robust", *accuracies(args, bounds, "robust")],
+    ]
 
 
 def by_corruption(args: argparse.Namespace, rows: Sequence[dict]) -> dict[str, list[dict]]:
@@ -799,10 +829,14 @@ def main_table(args: argparse.Namespace) -> None:
     """Standard, data augmentation, robust models and RWS patches: storage, TA and RA.
 
     The standard model and the one trained on the union of all corruptions are measured on each;
-    robust models and patches on their own, with TA as the mean over them.
+    robust models and patches on their own, with TA as the mean over them. Patching a
+    model with batch norm re-estimates its statistics; what that alone does has a line of its own.
     """
     rows = []
-    kinds = ("standard", "data augmentation", "robust models", "RWS, float32", "RWS, 4 bits")
+    kinds = (
+        *("standard", "data augmentation", "robust models"),
+        *("batch norm re-estimated only", "RWS, float32", "RWS, 4 bits"),
+    )
     for bench in benches(args):
         standard = bench.standard(bench.names)
         one_for_all = [(kinds[0], standard, 0)]
@@ -814,15 +848,20 @@ def main_table(args: argparse.Namespace) -> None:
             coarse = signature.quantize(16, per_channel=True)
             of_name = [
                 (kinds[2], bench.robust(name), full_copy(bench)),
-                (kinds[3], bench.patched([signature], [1.0], [name]), bytes_on_disk(signature)),
-                (kinds[4], bench.patched([coarse], [1.0], [name]), bytes_on_disk(coarse)),
+                (kinds[4], bench.patched([signature], [1.0], [name]), bytes_on_disk(signature)),
+                (kinds[5], bench.patched([coarse], [1.0], [name]), bytes_on_disk(coarse)),
             ]
+            if has_batchnorm(bench.study.target):
+                nothing = bench.patched([signature.scale(0.0)], [1.0], [name])
+                of_name.append((kinds[3], nothing, 0))
             for kind, result, size in (*one_for_all, *of_name):
                 row = {"model": kind, "corruption": name, "seed": bench.seed, "TA": result["TA"]}
                 rows.append(row | {"RA": result["RA"][name], "bytes": size})
     lines = []
     for kind in kinds:
         of_kind = [row for row in rows if row["model"] == kind]
+        if not of_kind:  # no batch norm
+            continue
         size = report.mean(row["bytes"] for row in of_kind) / 1e6
         count = 1 if kind == kinds[1] else len(args.corruptions)
         line = [kind, f"{size:.2f}", f"{size * count:.2f}"]
@@ -963,12 +1002,7 @@ def keep_num(args: argparse.Namespace) -> None:
         for bench in benches(args)
         for name, k in itertools.product(bench.names, args.keep_nums)
     ]
-    lines = [["standard", *accuracies(args, rows[:: len(args.keep_nums)], "standard")]]
-    for k in args.keep_nums:
-        of_k = [row for row in rows if row["keep_num"] == k]
-        lines.append([f"patched, keep_num {k}", *accuracies(args, of_k, "patched")])
-    lines.append(["robust", *accuracies(args, rows[:: len(args.keep_nums)], "robust")])
-    finish(args, rows, accuracy_columns(args, "model"), lines)
+    finish(args, rows, accuracy_columns(args, "model"), sweep(args, rows, "keep_num", "keep_num"))
     path = Path(args.out) / "keep_num.png"
     label = f"keep_num: {args.layers} layers patched"
     figures.accuracy_panels(by_corruption(args, rows), "keep_num", label, path)
@@ -1016,11 +1050,7 @@ def alpha(args: argparse.Namespace) -> None:
             with patch(bench.study.target, bench.signature(name)):
                 pass
         restored &= tensors_hash(bench.study.target.state_dict()) == bench.target
-    lines = [["standard", *accuracies(args, rows[:: len(args.alphas)], "standard")]]
-    for a in args.alphas:
-        of_a = [row for row in rows if row["alpha"] == a]
-        lines.append([f"patched, α {a:g}", *accuracies(args, of_a, "patched")])
-    lines.append(["robust", *accuracies(args, rows[:: len(args.alphas)], "robust")])
+    lines = sweep(args, rows, "alpha", "α")
     note = f"keep_num {args.keep_num}. Taken off again, every patch left the standard model "
     note += "bit for bit." if restored else "CHANGED."
     finish(args, rows, accuracy_columns(args, "model"), lines, note, restored=restored)
@@ -1142,7 +1172,7 @@ def only_pretrain(args: argparse.Namespace) -> None:
     """θ_pre alone, where this script is to make it."""
     if not args.pretrains:
         raise InputError("nothing to pretrain: name --pretrain-classes, or --dataset synthetic")
-    make_pretrained(args)
+    make_own_pretrained(args)
     print(args.pretrained)
 
 
@@ -1281,7 +1311,6 @@ def check(args: argparse.Namespace) -> None:
     """Fill in what the preset says, and raise InputError for what can be judged before any work."""
     preset = PRESETS[args.preset]
     args.dataset = datasets.base_name(args.dataset)
-    args.pretrain_classes = args.pretrain_classes or None
     if args.corruptions is None or args.corruptions == ["all"]:
         args.corruptions = list(CORRUPTIONS if args.corruptions else preset.corruptions)
     arguments.check_corruptions(args.corruptions)

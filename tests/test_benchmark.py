@@ -8,7 +8,6 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 import benchmark
@@ -17,10 +16,13 @@ from datasets.corruptions import CORRUPTIONS
 from datasets.images import ImageSet
 from datasets.loader import BatchLoader
 from models import build_model
+from tests.folders import write_folders
 from tests.reference import RandomDraws, weather
 from utils.engine import evaluate, train_epoch
 from utils.errors import InputError
 from utils.signature import project_out
+
+EACH = {"train": 6, "test": 6}  # images of a class
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--threads", "1", "--windows", "1"]
@@ -146,20 +148,8 @@ def test_windows_take_turns():
     assert [len(windows) for windows in times] == [3, 3]
 
 
-def write_folders(root, side=32):
-    """A tree of 2 classes, with 6 images of noise in each part."""
-    rng = np.random.default_rng(0)
-    for part in ("train", "test"):
-        for label in ("a", "b"):
-            folder = root / part / label
-            folder.mkdir(parents=True)
-            for i in range(6):
-                pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-
-
 def test_resample(tmp_path):
-    write_folders(tmp_path / "data")
+    write_folders(tmp_path / "data", EACH)
     flags = ["--dataset", "folder", "--data", str(tmp_path / "data"), "--image_size", "32"]
     flags += ["--arch", "vgg11", "--batch_size", "4", "--images", "8", "--no-amp"]
     flags += ["--corruption", "fog", "glass_blur", "--out", str(tmp_path / "out")]
@@ -260,7 +250,7 @@ def test_classic_batches_of_an_array_are_the_images():
 
 
 def test_classic_batches_of_files_are_the_images(tmp_path):
-    write_folders(tmp_path)
+    write_folders(tmp_path, EACH)
     flags = ["--data", str(tmp_path), "--image_size", "16"]
     args = benchmark.parse_args(["loader", *TINY, "--dataset", "folder", *flags, "--images", "50"])
     clean = benchmark.clean_images(args, benchmark.LOADED, CPU)
@@ -385,7 +375,7 @@ def test_products_are_products_in_their_dtype():
 
 
 def test_too_small_images_are_an_error(tmp_path):
-    write_folders(tmp_path, side=16)
+    write_folders(tmp_path, EACH, side=16)
     flags = ["--dataset", "folder", "--data", str(tmp_path), "--arch", "vgg11"]
     with pytest.raises(InputError, match="--image_size"):
         benchmark.main(["evaluate", *TINY, *FEW, *flags])

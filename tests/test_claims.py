@@ -33,6 +33,15 @@ def test_main(patched, ta, verdict):
     assert got == verdict and f"{(patched - 50) * 5:.0f} %" in words and "1/10" in words
 
 
+def test_main_tells_what_batch_norm_alone_does():
+    values = {"standard": 50.0, "robust models": 70.0, "RWS, float32": 68.0}
+    values |= {"batch norm re-estimated only": 65.0}
+    common = {"corruption": "fog", "seed": 0, "TA": 90.0, "bytes": 100}
+    rows = [common | {"model": model, "RA": ra} for model, ra in values.items()]
+    verdict, words = claims.judge_main({"rows": rows})
+    assert verdict == HOLDS and "90 %" in words and "75 % of the gain with no signature" in words
+
+
 @pytest.mark.parametrize(("deep", "verdict"), [(0.1, HOLDS), (0.9, FAILS)])
 def test_layers(deep, verdict):
     rows = [
@@ -136,7 +145,8 @@ def test_report_gathers_and_combines(tmp_path):
     write(tmp_path / "c" / "alpha", restored=False, arguments={"layers": "deepest"})
     claims.report(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "5. Adjustable in place: holds partly\n" in text and "c/alpha" not in text
+    assert "5. Adjustable in place: holds partly\n" in text and text.count("c/alpha") == 1
+    assert text.index("## Ablations") < text.index("c/alpha")
     (tmp_path / "b" / "alpha" / "results.json").write_text("{")
     with pytest.raises(InputError, match="b/alpha"):
         claims.report(tmp_path)

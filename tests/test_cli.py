@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import model_patching
 import train_corruption
 from models import build_model
+from tests.folders import write_folders
 from utils.errors import InputError
 from utils.signature import RobustWeightSignature
 
@@ -38,14 +38,7 @@ def run(script, *argv):
 def cifar(tmp_path_factory):
     """CIFAR-10 kept as folders: ten classes told apart by brightness."""
     root = tmp_path_factory.mktemp("cifar")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 10), ("test", 4)):
-        for label, name in enumerate("abcdefghij"):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 60, (32, 32, 3), dtype=np.uint8) + 20 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:04d}.png")
+    write_folders(root, {"train": 10, "test": 4}, levels=60, step=20, classes="abcdefghij")
     return root
 
 

@@ -8,12 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import train_corruption
+from tests.folders import write_folders
 from utils import distributed
 from utils.errors import InputError
 
@@ -23,14 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def images(tmp_path):
     """51 training images once validation's are taken, in three classes told apart by brightness."""
-    rng = np.random.default_rng(0)
-    for split, counts in (("train", (20, 19, 18)), ("test", (3, 3, 3))):
-        for label, count in enumerate(counts):
-            folder = tmp_path / "images" / split / "abc"[label]
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 60, (32, 32, 3), dtype=np.uint8) + np.uint8(80 * label)
-                Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    counts = {"train": (20, 19, 18), "test": 3}
+    write_folders(tmp_path / "images", counts, levels=60, step=80, classes="abc")
     return tmp_path / "images"
 
 

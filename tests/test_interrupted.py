@@ -23,6 +23,7 @@ import train_corruption
 from datasets import cache
 from models import build_model
 from models.normalize import Normalize
+from tests.folders import write_folders
 from tests.forkserver import Server
 from utils import atomic, report
 from utils import checkpoint as ckpt
@@ -121,13 +122,7 @@ def server(tmp_path_factory):
 def data(tmp_path_factory):
     """Two classes hard to tell apart, so that every few epochs are the best, 32 training images."""
     root = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 16), ("test", 4)):
-        for label, name in enumerate("ab"):
-            (root / part / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 120, (16, 16, 3), dtype=np.uint8) + 15 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{i}.png")
+    write_folders(root, {"train": 16, "test": 4}, side=16, levels=120, step=15)
     return root
 
 

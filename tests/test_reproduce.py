@@ -4,7 +4,6 @@ import csv
 import json
 import shlex
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +12,7 @@ import reproduce
 import train_corruption
 from datasets import synthetic
 from models import build_model
+from tests.folders import write_folders
 from utils.errors import InputError
 
 STUDY = ("main", "layers", "similarity", "consistency", "keep-num", "quantization", "alpha")
@@ -23,13 +23,7 @@ STUDY += ("compose", "transfer")
 def folder(tmp_path_factory):
     """An image folder of two classes, and pretrained weights of a VGG-11 beside it."""
     root = tmp_path_factory.mktemp("folder")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("test", 6)):
-        for label, name in enumerate("ab"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 120, (32, 32, 3), dtype=np.uint8) + 100 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
+    write_folders(root, {"train": 12, "test": 6}, levels=120, step=100)
     torch.manual_seed(0)
     torch.save(build_model("vgg11", 3).state_dict(), root / "pre.pth")
     return root
@@ -173,8 +167,10 @@ def test_half_of_the_classes_pretrains_the_other_half(tmp_path, monkeypatch):
     reproduce.main(["main", *common, "--keep_num", "3"])
     result = results(tmp_path / "out")
     assert result["arguments"]["classes"] == "odd" and "odd classes" in result["caption"]
-    models = {row["model"] for row in result["rows"]}
-    assert {"standard", "robust models", "RWS, float32", "RWS, 4 bits"} <= models
+    of = {row["model"]: row for row in result["rows"]}
+    assert {"standard", "robust models", "RWS, float32", "RWS, 4 bits"} <= of.keys()
+    only = of["batch norm re-estimated only"]  # what a patch of zeros does
+    assert only["bytes"] == 0 and only["TA"] != of["standard"]["TA"]
 
 
 def test_pretraining_goes_on_after_its_last_epoch(tmp_path):

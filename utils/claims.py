@@ -11,13 +11,13 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.atomic import write_text
 from utils.errors import InputError
-from utils.report import markdown_table, mean
+from utils.report import markdown_table, mean, recovered
 
 HOLDS, PARTLY, FAILS = "holds", "holds partly", "does not hold"
 Verdict = tuple[str, str]  # verdict, and in words what was measured
@@ -29,15 +29,9 @@ def graded(share: float, holds: float, partly: float) -> str:
     return HOLDS if share >= holds else PARTLY if share >= partly else FAILS
 
 
-def recovered(row: dict) -> float:
+def recovered_of(row: dict) -> float | None:
     """Share of the robust model's gain in RA that the patch of a row recovers, in percent."""
-    standard, patched, robust = (row[kind]["RA"] for kind in ("standard", "patched", "robust"))
-    return 100 * (patched - standard) / (robust - standard)
-
-
-def with_gain(rows: Sequence[dict]) -> list[dict]:
-    """Rows whose robust model gains RA at all, so that there is something to recover."""
-    return [row for row in rows if row["robust"]["RA"] > row["standard"]["RA"]]
+    return recovered(*(row[kind]["RA"] for kind in ("standard", "patched", "robust")))
 
 
 # ---- rules -------------------------------------------------------------------------------------
@@ -49,11 +43,8 @@ def judge_main(result: dict) -> Verdict:
     for row in result["rows"]:
         of.setdefault(row["model"], {})[row["corruption"], row["seed"]] = row
     standard, robust, patch = (of[k] for k in ("standard", "robust models", "RWS, float32"))
-    pairs = [pair for pair in patch if robust[pair]["RA"] > standard[pair]["RA"]]
-    shares = [
-        100 * (patch[p]["RA"] - standard[p]["RA"]) / (robust[p]["RA"] - standard[p]["RA"])
-        for p in pairs
-    ]
+    shares = [recovered(*(kind[p]["RA"] for kind in (standard, patch, robust))) for p in patch]
+    shares = [share for share in shares if share is not None]
     if not shares:
         return NO_GAIN
     share = mean(shares)
@@ -67,6 +58,14 @@ def judge_main(result: dict) -> Verdict:
         f"TA falls by {fall:.1f} points (robust models: "
         f"{mean(standard[p]['TA'] - robust[p]['TA'] for p in patch):.1f})"
     )
+    nothing = of.get("batch norm re-estimated only")
+    if nothing:
+        parts = [(standard[p]["RA"], nothing[p]["RA"], robust[p]["RA"]) for p in nothing]
+        alone = [share for share in (recovered(*part) for part in parts) if share is not None]
+        words += (
+            f"; re-estimating batch norm, which is part of patching, gets {mean(alone):.0f} % of "
+            "the gain with no signature at all"
+        )
     union = of.get("data augmentation")
     if union:
         for name, rows in (("data augmentation", union), ("patches", {p: patch[p] for p in union})):
@@ -147,8 +146,9 @@ def judge_consistency(result: dict) -> Verdict:
 def judge_keep_num(result: dict) -> Verdict:
     """Half of the layers or fewer recover within 5 points of the best number of layers."""
     of_k: dict[int, list[float]] = {}
-    for row in with_gain(result["rows"]):
-        of_k.setdefault(row["keep_num"], []).append(recovered(row))
+    for row in result["rows"]:
+        if (share := recovered_of(row)) is not None:
+            of_k.setdefault(row["keep_num"], []).append(share)
     shares = {k: mean(values) for k, values in sorted(of_k.items())}
     if not shares:
         return NO_GAIN
@@ -200,8 +200,8 @@ def judge_compose(result: dict) -> Verdict:
         of = {row["model"]: row for row in result["rows"] if row["group"] == group}
         standard, trained = (of[k]["RA mean"] for k in ("standard", "trained on all of them"))
         best = max((k for k in of if k.startswith("composed")), key=lambda k: of[k]["RA mean"])
-        if trained > standard:
-            shares.append(100 * (of[best]["RA mean"] - standard) / (trained - standard))
+        share = recovered(standard, of[best]["RA mean"], trained)
+        shares += [] if share is None else [share]
         words.append(
             f"{of[best]['n']} signatures: RA {standard:.1f} → {of[best]['RA mean']:.1f} ({best}; "
             f"TA {of['standard']['TA']:.1f} → {of[best]['TA']:.1f}), a model trained on all of "
@@ -219,17 +219,15 @@ def judge_transfer(result: dict) -> Verdict:
     shares, words = [], []
     for case, models in ra.items():
         if "patched, other's signature" in models:
-            gain = models["robust"] - models["standard"]
             moved = models["patched, other's signature"]
-            shares.append(100 * (moved - models["standard"]) / gain if gain > 0 else 0)
+            shares.append(recovered(models["standard"], moved, models["robust"]) or 0)
             words.append(
                 f"{case}: RA {models['standard']:.1f} → {moved:.1f} (its own signature "
                 f"{models['patched, own signature']:.1f}, robust {models['robust']:.1f})"
             )
     later, original = ra["updated backbone"], ra["original backbone"]
-    gain = original["robust"] - later["standard"]
     moved = later["patched, old signature"]
-    shares.append(100 * (moved - later["standard"]) / gain if gain > 0 else 0)
+    shares.append(recovered(later["standard"], moved, original["robust"]) or 0)
     words.append(
         f"updated backbone: RA {later['standard']:.1f} → {moved:.1f} (original: "
         f"{original['standard']:.1f} → {original['patched']:.1f})"
@@ -291,8 +289,11 @@ CLAIMS = {
 # ---- report ------------------------------------------------------------------------------------
 
 
-def read_results(root: Path) -> dict[str, list[tuple[Path, dict]]]:
-    """Every results.json of reproduce.py under `root`, by experiment: (its folder, its content)."""
+def read_results(root: Path, ablations: bool) -> dict[str, list[tuple[Path, dict]]]:
+    """Every results.json of reproduce.py under `root`, by experiment: (its folder, its content).
+
+    Of the method as it is, or with `ablations` of what is not quite it.
+    """
     found: dict[str, list[tuple[Path, dict]]] = {}
     for path in sorted(root.rglob("results.json")):
         try:
@@ -302,9 +303,20 @@ def read_results(root: Path) -> dict[str, list[tuple[Path, dict]]]:
         settings = content.get("arguments", {}) if isinstance(content, dict) else {}
         if isinstance(content, dict) and "experiment" in content and "rows" in content:
             plain = settings.get("projection", True) and settings.get("layers") == "shallowest"
-            if plain:  # ablations are not what the claims are about
+            if plain != ablations:
                 found.setdefault(content["experiment"], []).append((path.parent, content))
     return found
+
+
+def measured(root: Path, folder: Path, result: dict, title: str, words: str) -> list[str]:
+    """What one experiment measured, as the report tells it."""
+    place = folder.relative_to(root).as_posix()
+    lines = [f"- {title}\n", f"  {words[0].upper()}{words[1:]}. [Table]({place}/table.md).\n"]
+    picture = next(iter(sorted(folder.glob("*.png"))), None)
+    if picture:
+        lines.append(f"  ![{result['experiment']}: {place}]({place}/{picture.name})\n")
+    lines.append(f"      python {result['command']}\n")
+    return [*lines, f"  {result['device']}, torch {result['torch']}.\n"]
 
 
 def report(root: Path) -> None:
@@ -312,7 +324,7 @@ def report(root: Path) -> None:
 
     Raises InputError when nothing was measured, or a file can't be read.
     """
-    found = read_results(root)
+    found = read_results(root, ablations=False)
     if not any(claim.experiment in found for claim in CLAIMS.values()):
         raise InputError(f"--out {root}: no results of reproduce.py there yet")
     summary, sections = [], []
@@ -321,14 +333,7 @@ def report(root: Path) -> None:
         for folder, result in found.get(claim.experiment, []):
             verdict, words = claim.judge(result)
             verdicts.append(verdict)
-            place = folder.relative_to(root).as_posix()
-            picture = next(iter(sorted(folder.glob("*.png"))), None)
-            lines.append(f"- **{verdict}** on {result['caption']}\n")
-            lines.append(f"  {words[0].upper()}{words[1:]}. [Table]({place}/table.md).\n")
-            if picture:
-                lines.append(f"  ![{title}: {place}]({place}/{picture.name})\n")
-            lines.append(f"      python {result['command']}\n")
-            lines.append(f"  {result['device']}, torch {result['torch']}.\n")
+            lines += measured(root, folder, result, f"**{verdict}** on {result['caption']}", words)
         overall = "not measured"
         if verdicts:
             overall = verdicts[0] if len(set(verdicts)) == 1 else PARTLY
@@ -336,6 +341,12 @@ def report(root: Path) -> None:
         rule = claim.judge.__doc__.splitlines()[0]
         sections += [f"## {title}: {overall}\n", f"The paper: {claim.says}\n"]
         sections += [f"Rule: {rule}\n", *lines]
+    others = read_results(root, ablations=True)
+    for title, claim in CLAIMS.items():
+        for folder, result in others.get(claim.experiment, []):
+            sections += [] if "## Ablations\n" in sections else ["## Ablations\n"]
+            what = f"{title}: {result['caption']}"
+            sections += measured(root, folder, result, what, claim.judge(result)[1])
     text = [
         "# Results, claim by claim\n",
         "Written by `python reproduce.py report` from the results.json files below this folder. "

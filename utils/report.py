@@ -78,6 +78,14 @@ def mean(values: Iterable[float]) -> float:
     return sum(values) / len(values)
 
 
+def recovered(standard: float, patched: float, robust: float) -> float | None:
+    """Share of the robust model's gain in RA that a patch recovers, in percent; None without one.
+
+    The three are the RA of the standard, the patched and the robust model, in percent.
+    """
+    return 100 * (patched - standard) / (robust - standard) if robust > standard else None
+
+
 def write_csv(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
     """Write `rows` to `path` as CSV, atomically: a column per key, those of inner dicts "a.b"."""
     flat = [_flat(row) for row in rows]

@@ -9,7 +9,6 @@ blur.py, weather.py or digital.py, with the table of its constants beside it.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from datasets.corruptions import blur, digital, noise, weather
 from datasets.corruptions.draws import BLOCK, Draws
+from datasets.corruptions.filters import full_precision
 from utils.errors import InputError, suggest
 
 # name → (function, its constants {32: severity 1..5, 64: the same for images above 48 pixels})
@@ -117,7 +117,7 @@ def _corrupt(
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             out[start : start + chunk] = function(part, c, *drawn, **options)
 
-    with _full_precision():
+    with full_precision():
         _for_each(work, range(0, len(images), chunk), images.device)
     return out
 
@@ -139,17 +139,6 @@ def _for_each(work: Callable[[int], None], starts: range, device: torch.device) 
             list(pool.map(work, starts))
     finally:
         torch.set_num_threads(threads)  # set in one thread, it is the default of later ones
-
-
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """TF32 or bfloat16 products, if training allows them, would move pixel values."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def _blocks_per_chunk(images: Tensor) -> int:

@@ -12,15 +12,13 @@ Run: from datasets.corruptions import corrupt; corrupt(images, "jpeg_compression
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasets.corruptions.filters import band_matrix, gaussian_taps, truncate
+from datasets.corruptions.filters import band_matrix, full_precision, gaussian_taps, truncate
 
 CONTRAST = {32: (0.75, 0.5, 0.4, 0.3, 0.15), 64: (0.4, 0.3, 0.2, 0.1, 0.05)}
 
@@ -41,18 +39,6 @@ PIXELATE = {32: (0.95, 0.9, 0.85, 0.75, 0.65), 64: (0.9, 0.8, 0.7, 0.6, 0.5)}
 
 # JPEG quality
 JPEG_COMPRESSION = {32: (80, 65, 58, 50, 40), 64: (65, 58, 50, 40, 25)}
-
-
-@contextlib.contextmanager
-def _float32_matmul() -> Iterator[None]:
-    """Matrix products in full float32: TF32 and autocast would break integers above 2048."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @functools.lru_cache(maxsize=64)
@@ -119,7 +105,7 @@ def elastic_transform(images: Tensor, c: tuple[float, float, float], draws) -> T
         noise = draws.uniform(2, side, side, low=-1.0, high=1.0)
         taps = gaussian_taps(sigma * side, truncate=3.0)
         smooth = band_matrix(side, taps, "symmetric", x.device)
-        with _float32_matmul():
+        with full_precision():
             # grid_sample's pixel is 2/H wide, so a·H pixels are 2a.
             fields = torch.matmul(2 * a * smooth, torch.matmul(noise, smooth.T))
         centres = (torch.arange(side, device=x.device) * 2 + 1) / side - 1
@@ -169,7 +155,7 @@ def pixelate(images: Tensor, c: float) -> Tensor:
     n, channels, height, width = images.shape
     across, across_count = _box_nearest(width, int(width * c), images.device)
     down, down_count = _box_nearest(height, int(height * c), images.device)
-    with _float32_matmul():
+    with full_precision():
         # Sums by 0/1 matrices, then a division: halves stay exact, so they round up.
         x = torch.matmul(images.float().reshape(-1, width), across.T)
         x = x.div_(across_count).add_(0.5).floor_().view(n * channels, height, width)
@@ -248,7 +234,7 @@ def jpeg_compression(images: Tensor, c: int) -> Tensor:
     # Transposing bytes, then widening them, is ten times as fast as both at once on a CPU.
     x = images.reshape(n, -1).T.contiguous().float().view(channels, height, width, n)
     y, chroma = _rgb_to_ycc(x)
-    with _float32_matmul():
+    with full_precision():
         y = _code(_pad_to_blocks(y), _table(_LUMINANCE, c, device))[:, :height, :width]
         # Sums of 2×2, then a bias of 1 in even and 2 in odd columns in place of rounding.
         chroma = _both_ways(_halving(height, True, device), _halving(width, False, device), chroma)

@@ -1,4 +1,4 @@
-"""Steps that several corruptions share: 8-bit conversion, linear filters, motion blur, zoom.
+"""Steps that several corruptions share: precision, 8-bit conversion, filters, motion blur, zoom.
 
 Linear filters along one axis are small dense matrices, borders included: on a batch, a product
 with a 32×32 or 64×64 matrix is faster than a loop over taps, on CPUs and GPUs alike.
@@ -6,8 +6,10 @@ with a 32×32 or 64×64 matrix is faster than a loop over taps, on CPUs and GPUs
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,6 +19,22 @@ from torch import Tensor
 # Rounding leaves what is a whole number in exact arithmetic up to this much below it, and
 # truncation would make it one less.
 TRUNCATION_SLACK = {torch.float32: 1 / 8192, torch.float64: 1e-9}
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Matrix products in float32, whatever training allows: TF32 and bf16 would move pixel values.
+
+    Under it integers above 2048 stay exact. The precision holds for the process, as PyTorch keeps
+    it; autocast is off in this thread.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def to_float(images: Tensor) -> Tensor:
