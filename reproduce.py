@@ -858,23 +858,29 @@ def main_table(args: argparse.Namespace) -> None:
                 row = {"model": kind, "corruption": name, "seed": bench.seed, "TA": result["TA"]}
                 rows.append(row | {"RA": result["RA"][name], "bytes": size})
     lines = []
+    shown: dict[str, dict[str, float]] = {}
+    errors: dict[str, dict[str, float]] = {}
     for kind in kinds:
         of_kind = [row for row in rows if row["model"] == kind]
         if not of_kind:  # no batch norm
             continue
         size = report.mean(row["bytes"] for row in of_kind) / 1e6
         count = 1 if kind == kinds[1] else len(args.corruptions)
-        line = [kind, f"{size:.2f}", f"{size * count:.2f}"]
-        for measure in ("TA", "RA"):
-            line.append(
-                spread(
-                    report.mean(row[measure] for row in of_kind if row["seed"] == seed)
-                    for seed in complete_seeds(args)
-                )
-            )
-        for name in args.corruptions:
-            line.append(spread(row["RA"] for row in of_kind if row["corruption"] == name))
-        lines.append(line)
+        ta, ra = (
+            [
+                report.mean(row[measure] for row in of_kind if row["seed"] == seed)
+                for seed in complete_seeds(args)
+            ]
+            for measure in ("TA", "RA")
+        )
+        of_name = {
+            c: [row["RA"] for row in of_kind if row["corruption"] == c] for c in args.corruptions
+        }
+        each = [spread(values) for values in (ta, ra, *of_name.values())]
+        lines.append([kind, f"{size:.2f}", f"{size * count:.2f}", *each])
+        for group, values in {"all": ra, **of_name}.items():
+            shown.setdefault(group, {})[kind] = report.mean(values)
+            errors.setdefault(group, {})[kind] = np.std(values, ddof=1) if len(values) > 1 else 0
     columns = ["model", "MB each", f"MB for {len(args.corruptions)}", "TA, %", "RA, %"]
     note = (
         f"MB on disk beside the standard model, for one corruption and for all. keep_num "
@@ -882,11 +888,7 @@ def main_table(args: argparse.Namespace) -> None:
     )
     columns += [f"RA {c}, %" for c in args.corruptions]
     finish(args, rows, columns, lines, note)
-    shown = {"all": {line[0]: line[4] for line in lines}} | {
-        c: {line[0]: line[5 + i] for line in lines} for i, c in enumerate(args.corruptions)
-    }
-    values = {g: {k: float(v.split(" ")[0]) for k, v in s.items() if v} for g, s in shown.items()}
-    figures.bars(values, "RA, %", Path(args.out) / "main.png")
+    figures.bars(shown, "RA, %", Path(args.out) / "main.png", errors)
 
 
 def layers(args: argparse.Namespace) -> None:

@@ -168,7 +168,7 @@ def heat_map(
     axes_names: tuple[str, str] = ("", ""),
     groups: Sequence[str] = (),
 ) -> None:
-    """A matrix of cosines with its values written in, colours from −1 over 0 to 1.
+    """A matrix of cosines with its values written in, colours symmetric about 0.
 
     groups: of the rows and columns of a square matrix; lines are drawn between them. A square
     matrix of three or more also gets the tree of average linkage over 1 − cosine beside it.
@@ -178,7 +178,7 @@ def heat_map(
     figure, axes = plt.subplots(
         1,
         2 if square else 1,
-        figsize=(side + (3 if square else 0.5), side * 0.85),
+        figsize=(side + (3 if square else 0.5), 0.53 * len(rows) + 1.7),
         width_ratios=[side, 2.6] if square else [1],
         squeeze=False,
         layout="constrained",
