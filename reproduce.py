@@ -221,7 +221,7 @@ def update_job(args: argparse.Namespace, seed: int) -> Job:
     """θ_std trained on, on clean images: a third of the epochs at a tenth of the rate."""
     flags = training_flags(args, seed + 1000)
     epochs = max(1, recipe(args)[0] // 3)
-    flags += ["--pretrained", str(standard_model(args, seed)), "--lr", "0.001"]
+    flags += ["--pretrained", str(standard_model(args, seed)), "--keep_head", "--lr", "0.001"]
     flags += ["--epochs", str(epochs), "--decreasing_lr", str(epochs)]
     folder = study_folder(args, seed) / "updated"
     return Job("θ_std, trained on", folder, tuple(flags), stage=1)

@@ -84,6 +84,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model = parser.add_argument_group("model")
     model.add_argument("--arch", default="vgg16", choices=ARCHS, help="architecture")
     arguments.add_pretrained(model)
+    model.add_argument(
+        "--keep_head",
+        action="store_true",
+        help="start from the head of --pretrained too: a model of these classes trains on",
+    )
 
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--lr", type=float, default=0.01, help="initial learning rate")
@@ -140,6 +145,8 @@ def check(args: argparse.Namespace) -> None:
     arguments.check_corruptions(args.corruption)
     if args.resample_corruption and not args.corruption:
         raise InputError("--resample_corruption draws a --corruption anew; name one")
+    if args.keep_head and arguments.pretrained_source(args) is None:
+        raise InputError("--keep_head keeps the head of --pretrained; name that")
     arguments.check_severity(args.severity)
     arguments.check_at_least(
         args, batch_size=1, epochs=1, print_freq=1, lr=0, momentum=0, weight_decay=0
@@ -247,7 +254,7 @@ def start_model(args: argparse.Namespace, clean: ImageSet) -> tuple[nn.Module, s
     if source is None:
         return model, None
     state = ckpt.pretrained_state_dict(source, args.arch)
-    dropped = ckpt.load_pretrained(model, args.arch, state, source)
+    dropped = ckpt.load_pretrained(model, args.arch, state, source, args.keep_head)
     if dropped:
         print(
             f"{source}: {', '.join(dropped)} left out, a new head has {len(clean.classes)} classes"
@@ -425,7 +432,7 @@ def fine_tune(args: argparse.Namespace, folder: Path) -> dict:
 def identity(args: argparse.Namespace) -> dict:
     """What makes a run this run; kept in its checkpoints and compared on --resume."""
     names = ("arch", "corruption", "resample_corruption", "image_size", "classes", "train_images")
-    names += ("seed", "lr", "momentum", "weight_decay", "batch_size", "decreasing_lr")
+    names += ("keep_head", "seed", "lr", "momentum", "weight_decay", "batch_size", "decreasing_lr")
     severity = {"severity": args.severity} if args.corruption else {}
     dataset = {"dataset": datasets.base_name(args.dataset)}
     return dataset | {name: getattr(args, name) for name in names} | severity

@@ -63,7 +63,13 @@ def test_torchvision_resnet_and_its_head(tmp_path):
     assert ckpt.load_pretrained(model, "resnet18", theirs, "tv") == ["fc.bias", "fc.weight"]
     assert torch.equal(model.layer3[1].conv2.weight, theirs["layer3.1.conv2.weight"])
     # The head of a pretrained ResNet is new even for the same number of classes.
-    assert ckpt.load_pretrained(build_model("resnet18", 1000), "resnet18", theirs, "tv")
+    model = build_model("resnet18", 1000)
+    assert ckpt.load_pretrained(model, "resnet18", theirs, "tv")
+    assert not torch.equal(model.fc.weight, theirs["fc.weight"])
+    assert ckpt.load_pretrained(model, "resnet18", theirs, "tv", keep_head=True) == []
+    assert torch.equal(model.fc.weight, theirs["fc.weight"])
+    with pytest.raises(InputError, match="no linear head of 10 classes"):
+        ckpt.load_pretrained(build_model("resnet18", 10), "resnet18", theirs, "tv", keep_head=True)
 
 
 def test_pretrained_linear_head_of_the_same_size_is_taken(vgg):

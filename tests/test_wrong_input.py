@@ -46,6 +46,7 @@ TRAIN = [
     ("--arch vgg99", r"--arch: .*vgg99.*resnet18"),
     ("--corruption fogg", r"--corruption fogg: .*'fog'"),
     ("--corruption fog fog", r"--corruption names fog twice"),
+    ("--keep_head", r"--keep_head .*--pretrained"),
     ("--resample_corruption", r"--resample_corruption .*--corruption"),
     ("--severity 0", r"--severity 0: must be 1, 2, 3, 4 or 5"),
     ("--severity 6", r"--severity 6: must be"),

@@ -151,19 +151,28 @@ def load_model_weights(
 
 
 def load_pretrained(
-    model: nn.Module, arch: str, state: Mapping[str, Tensor], path: str | os.PathLike
+    model: nn.Module,
+    arch: str,
+    state: Mapping[str, Tensor],
+    path: str | os.PathLike,
+    keep_head: bool = False,
 ) -> list[str]:
     """Start `model` from pretrained weights of other classes; gives the keys of the head left out.
 
-    The head of a ResNet is always new, a VGG's is taken only when it is one linear layer of the
-    same size; normalization stays the data set's. Raises InputError for missing, unexpected or
-    differently shaped keys beyond the head.
+    The head of a ResNet is new, a VGG's is taken only when it is one linear layer of the same size;
+    normalization stays the data set's. With `keep_head` the weights are of the same classes and
+    their head is taken. Raises InputError for missing, unexpected or differently shaped keys beyond
+    the head, and for a head to keep that doesn't fit.
     """
     head, own = head_prefix(arch), model.state_dict()
     theirs = {k: v for k, v in state.items() if k.startswith(head)}
-    fits = arch.startswith("vgg") and {k: v.shape for k, v in theirs.items()} == {
+    fits = {k: v.shape for k, v in theirs.items()} == {
         k: v.shape for k, v in own.items() if k.startswith(head)
     }
+    if keep_head and not fits:
+        classes = len(own[f"{head}bias"])
+        raise InputError(f"--keep_head: {path} holds no linear head of {classes} classes")
+    fits &= keep_head or arch.startswith("vgg")
     dropped = [] if fits else sorted(theirs)
     state = {k: v for k, v in state.items() if k not in dropped and not k.startswith("normalize.")}
     skipped = ("normalize.", "num_batches_tracked")
