@@ -155,7 +155,9 @@ def bars(
     axis.set_xticks(range(len(groups)), list(groups), fontsize=8, rotation=20 if inches > 8 else 0)
     axis.set_ylabel(label)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=min(4, len(series)))
+    entry = 0.07 * max(map(len, series)) + 0.5  # inches
+    ncols = max(1, min(len(series), int(figure.get_figwidth() / entry)))
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=ncols)
     save(figure, path)
 
 
