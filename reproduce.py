@@ -782,6 +782,11 @@ def training_data(args: argparse.Namespace, seed: int) -> str:
     return json.loads(path.read_text(encoding="utf-8"))["data"]
 
 
+def in_epochs(epochs: int) -> str:
+    """The number of epochs in words."""
+    return f"{epochs} epoch{'s' if epochs != 1 else ''}"
+
+
 def finish(
     args: argparse.Namespace,
     rows: Sequence[dict],
@@ -797,7 +802,7 @@ def finish(
     ablation = "" if args.projection else " No projection."
     ablation += "" if args.layers == "shallowest" else f" The {args.layers} layers are kept."
     caption = (
-        f"{data}{classes}, {args.arch}, severity {args.severity}; {epochs} epochs of "
+        f"{data}{classes}, {args.arch}, severity {args.severity}; {in_epochs(epochs)} of "
         f"fine-tuning (lr × 0.1 after {decreasing_lr}), seeds {' '.join(map(str, args.seeds))}."
         f"{ablation} {note}"
     ).strip()
@@ -988,7 +993,7 @@ def consistency(args: argparse.Namespace) -> None:
     ]
     note = (
         f"Cosine between signatures of keep_num {args.keep_num}: {titles[0]} (lines; "
-        f"{recipe(target)[0]} epochs) and {titles[1]} (columns)."
+        f"{in_epochs(recipe(target)[0])}) and {titles[1]} (columns)."
     )
     finish(args, rows, [f"{titles[0]} \\ {titles[1]}", *args.corruptions], lines, note)
     path = Path(args.out) / "consistency.png"
@@ -1140,7 +1145,7 @@ def transfer(args: argparse.Namespace) -> None:
     columns = ["case", "model", "TA, %", "RA, %", *(f"RA {c}, %" for c in args.corruptions)]
     note = f"keep_num {args.keep_num}, α 1. Means are over the corruptions in the line."
     if target is not None:
-        note += f" {data_tag(target, target.classes)}: {recipe(target)[0]} epochs."
+        note += f" {data_tag(target, target.classes)}: {in_epochs(recipe(target)[0])}."
     finish(args, rows, columns, lines, note)
     shown: dict[str, dict[str, float]] = {}
     for case, model, _, ra, *_ in lines:
