@@ -5,7 +5,7 @@ import json
 import pytest
 
 from utils import claims
-from utils.claims import FAILS, HOLDS, PARTLY
+from utils.claims import FAILS, HOLDS, PARTLY, UNTOLD
 from utils.errors import InputError
 
 
@@ -60,6 +60,8 @@ def test_similarity_needs_both_families_and_names():
     assert claims.judge_similarity({"rows": rows})[0] == PARTLY
     rows[0]["cosine"] = 0.0
     assert claims.judge_similarity({"rows": rows, "named": [wrong]})[0] == FAILS
+    assert claims.judge_similarity({"rows": rows[1:]})[0] == UNTOLD
+    assert claims.judge_similarity({"rows": rows[1:], "named": [right]})[0] == HOLDS
 
 
 def test_consistency():

@@ -3,7 +3,8 @@
     python reproduce.py report          gathers results/**/results.json into results/README.md
 
 A rule is fixed here, before results are looked at; its verdict is "holds", "holds partly" or
-"does not hold". Where several studies measured a claim it holds only if it does in all of them.
+"does not hold", or "cannot be told" from a study too small for it. Where several studies measured a
+claim it holds only if it does in all of them that can tell.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from utils.errors import InputError
 from utils.report import markdown_table, mean, recovered
 
 HOLDS, PARTLY, FAILS = "holds", "holds partly", "does not hold"
+UNTOLD = "cannot be told"
 Verdict = tuple[str, str]  # verdict, and in words what was measured
 NO_GAIN: Verdict = (FAILS, "no robust model gains RA here, so there is nothing to recover")
 
@@ -119,6 +121,8 @@ def judge_similarity(result: dict) -> Verdict:
     if named:
         words += f"; of {len(named)} signatures of other seeds the nearest centroid names {right}"
     closer = bool(inside and across) and mean(inside) > mean(across)
+    if not named and not (inside and across):
+        return UNTOLD, f"{words}; no two corruptions of one family, and one seed"
     if not named:
         return PARTLY if closer else FAILS, f"{words}; one seed, so nothing to name"
     if closer or not inside:
@@ -332,9 +336,9 @@ def report(root: Path) -> None:
         verdicts, lines = [], []
         for folder, result in found.get(claim.experiment, []):
             verdict, words = claim.judge(result)
-            verdicts.append(verdict)
+            verdicts += [] if verdict == UNTOLD else [verdict]
             lines += measured(root, folder, result, f"**{verdict}** on {result['caption']}", words)
-        overall = "not measured"
+        overall = UNTOLD if lines else "not measured"
         if verdicts:
             overall = verdicts[0] if len(set(verdicts)) == 1 else PARTLY
         summary.append([title, f"`reproduce.py {claim.experiment}`", overall])
