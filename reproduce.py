@@ -885,7 +885,8 @@ def main_table(args: argparse.Namespace) -> None:
         lines.append([kind, f"{size:.2f}", f"{size * count:.2f}", *each])
         for group, values in {"all": ra, **of_name}.items():
             shown.setdefault(group, {})[kind] = report.mean(values)
-            errors.setdefault(group, {})[kind] = np.std(values, ddof=1) if len(values) > 1 else 0
+            if len(values) > 1:
+                errors.setdefault(group, {})[kind] = statistics.stdev(values)
     columns = ["model", "MB each", f"MB for {len(args.corruptions)}", "TA, %", "RA, %"]
     note = (
         f"MB on disk beside the standard model, for one corruption and for all. keep_num "

@@ -139,7 +139,9 @@ def bars(
     for k, (name, (colour, hatch)) in enumerate(zip(series, looks, strict=False)):
         at = [i for i, values in enumerate(groups.values()) if name in values]
         heights = [values[name] for values in groups.values() if name in values]
-        yerr = [errors[g].get(name, 0) for g in groups if name in groups[g]] if errors else None
+        yerr = None
+        if errors:  # NaN draws none
+            yerr = [errors.get(g, {}).get(name, np.nan) for g in groups if name in groups[g]]
         places = [i + width * (k - (len(series) - 1) / 2) for i in at]
         axis.bar(
             places,
