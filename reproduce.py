@@ -637,10 +637,14 @@ class Bench:
         self.signatures: dict[tuple[str, int], RobustWeightSignature] = {}
 
     def signature(self, name: str, keep_num: int | None = None) -> RobustWeightSignature:
-        """RWS_c, with --keep_num layers unless told otherwise."""
-        k = keep_num or self.args.keep_num
+        """RWS_c, with --keep_num layers unless told otherwise; with 0 a patch of zeros.
+
+        What a patch of zeros does is what re-estimating batch norm alone does.
+        """
+        k = self.args.keep_num if keep_num is None else keep_num
         if (name, k) not in self.signatures:
-            self.signatures[name, k] = model_patching.extract(self.study, k, [name])[0]
+            signature = model_patching.extract(self.study, k or self.args.keep_num, [name])[0]
+            self.signatures[name, k] = signature if k else signature.scale(0.0)
         return self.signatures[name, k]
 
     def standard(self, names: Sequence[str]) -> dict:
@@ -857,7 +861,7 @@ def main_table(args: argparse.Namespace) -> None:
                 (kinds[5], bench.patched([coarse], [1.0], [name]), bytes_on_disk(coarse)),
             ]
             if has_batchnorm(bench.study.target):
-                nothing = bench.patched([signature.scale(0.0)], [1.0], [name])
+                nothing = bench.patched([bench.signature(name, 0)], [1.0], [name])
                 of_name.append((kinds[3], nothing, 0))
             for kind, result, size in (*one_for_all, *of_name):
                 row = {"model": kind, "corruption": name, "seed": bench.seed, "TA": result["TA"]}
@@ -1005,12 +1009,16 @@ def consistency(args: argparse.Namespace) -> None:
 
 def keep_num(args: argparse.Namespace) -> None:
     """TA and RA over the number of shallow layers kept, one patch per corruption."""
-    rows = [
-        bench.row(name, bench.signature(name, k)) | {"keep_num": k}
-        for bench in benches(args)
-        for name, k in itertools.product(bench.names, args.keep_nums)
-    ]
-    finish(args, rows, accuracy_columns(args, "model"), sweep(args, rows, "keep_num", "keep_num"))
+    rows, note = [], ""
+    for bench in benches(args):
+        counts = args.keep_nums
+        if has_batchnorm(bench.study.target):
+            counts = [0, *counts]
+            note = "keep_num 0: batch norm re-estimated only, no signature."
+        for name, k in itertools.product(bench.names, counts):
+            rows.append(bench.row(name, bench.signature(name, k)) | {"keep_num": k})
+    lines = sweep(args, rows, "keep_num", "keep_num")
+    finish(args, rows, accuracy_columns(args, "model"), lines, note)
     path = Path(args.out) / "keep_num.png"
     label = f"keep_num: {args.layers} layers patched"
     figures.accuracy_panels(by_corruption(args, rows), "keep_num", label, path)
@@ -1044,7 +1052,8 @@ def quantization(args: argparse.Namespace) -> None:
     ranges = "output channel" if args.per_channel else "tensor"
     note = f"Levels: {args.quantization_type}, a range per {ranges}."
     columns = accuracy_columns(args, "signature", "bytes", "of a full copy")
-    finish(args, rows, columns, lines, note, full_copy=full, keep_num=args.keep_num)
+    judged = min(args.keep_nums, key=lambda k: abs(k - args.keep_num))
+    finish(args, rows, columns, lines, note, full_copy=full, keep_num=judged)
     figures.storage(by_corruption(args, rows), full, Path(args.out) / "storage.png")
 
 

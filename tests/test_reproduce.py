@@ -118,6 +118,10 @@ def test_seeds_after_the_first_with_few_corruptions(folder, tmp_path):
     assert {(row["corruption"], row["seed"]) for row in rows} == {
         *(("fog", 0), ("contrast", 0), ("fog", 1), ("another seed, clean", 1))
     }
+    few = ("--keep_nums", "2", "--bits", "4")  # the report judges the layers nearest --keep_num
+    reproduce.main(arguments(folder, tmp_path, "quantization", *few, *more))
+    reproduce.main(["report", "--out", str(tmp_path)])
+    assert "2 layers at 4 bits" in (tmp_path / "README.md").read_text()
     reproduce.main(arguments(folder, tmp_path, "keep-num", "--keep_nums", "2", *more))
     table = (tmp_path / "keep-num" / "table.md").read_text()
     assert "±" in table
@@ -171,6 +175,10 @@ def test_half_of_the_classes_pretrains_the_other_half(tmp_path, monkeypatch):
     assert {"standard", "robust models", "RWS, float32", "RWS, 4 bits"} <= of.keys()
     only = of["batch norm re-estimated only"]  # what a patch of zeros does
     assert only["bytes"] == 0 and only["TA"] != of["standard"]["TA"]
+    reproduce.main(["keep-num", *common, "--keep_nums", "3"])
+    nothing, some = results(tmp_path / "out")["rows"]
+    assert (nothing["keep_num"], some["keep_num"]) == (0, 3)
+    assert nothing["patched"] == {"TA": only["TA"], "RA": only["RA"]}
 
 
 def test_pretraining_goes_on_after_its_last_epoch(tmp_path):
