@@ -892,9 +892,11 @@ def main_table(args: argparse.Namespace) -> None:
             if len(values) > 1:
                 errors.setdefault(group, {})[kind] = statistics.stdev(values)
     columns = ["model", "MB each", f"MB for {len(args.corruptions)}", "TA, %", "RA, %"]
+    whole = " ".join(map(str, complete_seeds(args)))
     note = (
         f"MB on disk beside the standard model, for one corruption and for all. keep_num "
-        f"{args.keep_num}; 4 bits: 16 linear levels, a range per output channel."
+        f"{args.keep_num}; 4 bits: 16 linear levels, a range per output channel. TA and mean RA: "
+        f"of seed {whole}, with every corruption."
     )
     columns += [f"RA {c}, %" for c in args.corruptions]
     finish(args, rows, columns, lines, note)
@@ -1093,6 +1095,10 @@ def compose(args: argparse.Namespace) -> None:
                 "TA": report.mean(result["TA"] for result in alone),
                 "RA": {c: result["RA"][c] for c, result in zip(group, alone, strict=True)},
             }
+        if has_batchnorm(bench.study.target):
+            nothing = [bench.signature(name, 0) for name in group]
+            only = bench.patched(nothing, [1 / n] * n, group)
+            models["batch norm re-estimated only"] = only
         models["composed, w = 1/n"] = bench.patched(signatures, [1 / n] * n, group)
         models["composed, w = 1"] = bench.patched(signatures, [1.0] * n, group)
         path = robust_job(args, first, group).folder / ckpt.BEST_RA
@@ -1142,6 +1148,9 @@ def transfer(args: argparse.Namespace) -> None:
         case = "updated backbone"
         add(case, "standard", name, later.standard([name]))
         signature = [here.signature(name)]
+        if has_batchnorm(later.study.target):
+            nothing = later.patched([here.signature(name, 0)], [1.0], [name])
+            add(case, "batch norm re-estimated only", name, nothing)
         add(case, "patched, old signature", name, later.patched(signature, [1.0], [name]))
         add("original backbone", "standard", name, here.standard([name]))
         add("original backbone", "patched", name, here.patched(signature, [1.0], [name]))
@@ -1159,8 +1168,7 @@ def transfer(args: argparse.Namespace) -> None:
     finish(args, rows, columns, lines, note)
     shown: dict[str, dict[str, float]] = {}
     for case, model, _, ra, *_ in lines:
-        name = model.split(",")[0] if "other" not in model and "old" not in model else "patched"
-        shown.setdefault(case, {})["patched, own signature" if "own" in model else name] = ra
+        shown.setdefault(case, {})["patched, own signature" if model == "patched" else model] = ra
     figures.bars(shown, "RA, mean over corruptions, %", Path(args.out) / "transfer.png")
 
 

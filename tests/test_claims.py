@@ -33,6 +33,18 @@ def test_main(patched, ta, verdict):
     assert got == verdict and f"{(patched - 50) * 5:.0f} %" in words and "1/10" in words
 
 
+def test_main_is_of_seeds_that_have_every_corruption():
+    values = {"standard": 50.0, "robust models": 70.0, "RWS, float32": 68.0}
+    rows = [
+        {"model": m, "corruption": c, "seed": seed, "TA": 90.0, "RA": ra, "bytes": 100}
+        for m, ra in values.items()
+        for c, seed in (("fog", 0), ("snow", 0), ("fog", 1))
+    ]
+    rows[-1]["RA"] = 0.0  # the patch of seed 1
+    verdict, words = claims.judge_main({"rows": rows})
+    assert verdict == HOLDS and "90 %" in words and "(90 to 90 %)" in words
+
+
 def test_main_tells_what_batch_norm_alone_does():
     values = {"standard": 50.0, "robust models": 70.0, "RWS, float32": 68.0}
     values |= {"batch norm re-estimated only": 65.0}
@@ -49,6 +61,19 @@ def test_layers(deep, verdict):
         for i in range(1, 7)
     ]
     assert claims.judge_layers({"rows": rows})[0] == verdict
+
+
+def test_layers_against_another_clean_seed():
+    def rows(name, shallow, deep):
+        common = {"corruption": name, "seed": 0}
+        return [
+            common | {"layer": i, "difference": shallow if i < 3 else deep} for i in range(1, 7)
+        ]
+
+    control = rows("another seed, clean", 0.3, 0.1)
+    verdict, words = claims.judge_layers({"rows": [*rows("fog", 0.4, 0.1), *control]})
+    assert verdict == HOLDS and "only in layer 1, 2;" in words
+    assert claims.judge_layers({"rows": [*rows("fog", 0.2, 0.1), *control]})[0] == FAILS
 
 
 def test_similarity_needs_both_families_and_names():
@@ -80,9 +105,15 @@ def test_keep_num():
     verdict, words = claims.judge_keep_num({"rows": rows})
     assert verdict == HOLDS and words.startswith("3 of 8 layers recover 80 %")
     assert claims.judge_keep_num({"rows": [row(50, 52, 40, keep_num=1)]})[0] == FAILS
+    assert claims.judge_keep_num({"rows": [row(50, 40, 70, keep_num=1)]})[0] == FAILS
+    rows.append(row(50, 66, 70, keep_num=0))  # batch norm alone is no layer
+    verdict, words = claims.judge_keep_num({"rows": rows})
+    assert verdict == HOLDS and words.startswith("3 of 8") and "alone 80 %" in words
 
 
-@pytest.mark.parametrize(("ra", "size", "verdict"), [(69.5, 10, HOLDS), (60, 10, PARTLY)])
+@pytest.mark.parametrize(
+    ("ra", "size", "verdict"), [(69.5, 10, HOLDS), (69.5, 100, PARTLY), (60, 10, FAILS)]
+)
 def test_quantization(ra, size, verdict):
     rows = [row(50, 70, 75, keep_num=7, bits=32, bytes=100)]
     rows.append(row(50, ra, 75, keep_num=7, bits=4, bytes=size))
@@ -94,6 +125,7 @@ def test_alpha():
     rows = [row(50, r, 75, alpha=a) for a, r in ((0, 50), (0.5, 60), (1, 70), (1.5, 10))]
     assert claims.judge_alpha({"rows": rows, "restored": True})[0] == HOLDS
     assert claims.judge_alpha({"rows": rows, "restored": False})[0] == FAILS
+    assert claims.judge_alpha({"rows": rows[3:], "restored": True})[0] == UNTOLD
     rows[1]["patched"]["RA"] = 80.0
     assert claims.judge_alpha({"rows": rows, "restored": True})[0] == FAILS
 
@@ -127,6 +159,8 @@ def test_transfer(moved, verdict):
         for m, v in models.items()
     ]
     assert claims.judge_transfer({"rows": rows})[0] == verdict
+    verdict, words = claims.judge_transfer({"rows": rows[4:]})
+    assert verdict == PARTLY and "another data set: not measured" in words
 
 
 def write(folder, **more):
@@ -149,6 +183,8 @@ def test_report_gathers_and_combines(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "5. Adjustable in place: holds partly\n" in text and text.count("c/alpha") == 1
     assert text.index("## Ablations") < text.index("c/alpha")
+    claims.report(tmp_path / "c")  # an ablation alone
+    assert "5. Adjustable in place: not measured" in (tmp_path / "c" / "README.md").read_text()
     (tmp_path / "b" / "alpha" / "results.json").write_text("{")
     with pytest.raises(InputError, match="b/alpha"):
         claims.report(tmp_path)

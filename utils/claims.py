@@ -40,10 +40,19 @@ def recovered_of(row: dict) -> float | None:
 
 
 def judge_main(result: dict) -> Verdict:
-    """Patches recover ≥ 80 % of the gain (partly: ≥ 50 %) and TA falls by 5 points at most."""
+    """Patches recover ≥ 80 % of the gain (partly: ≥ 50 %) and TA falls by 5 points at most.
+
+    Of the seeds that have every corruption.
+    """
     of: dict[str, dict[tuple, dict]] = {}
     for row in result["rows"]:
         of.setdefault(row["model"], {})[row["corruption"], row["seed"]] = row
+    has = {seed: {c for c, s in of["RWS, float32"] if s == seed} for _, seed in of["RWS, float32"]}
+    whole = [seed for seed, names in has.items() if len(names) == max(map(len, has.values()))]
+    of = {
+        model: {(c, seed): row for (c, seed), row in rows.items() if seed in whole}
+        for model, rows in of.items()
+    }
     standard, robust, patch = (of[k] for k in ("standard", "robust models", "RWS, float32"))
     shares = [recovered(*(kind[p]["RA"] for kind in (standard, patch, robust))) for p in patch]
     shares = [share for share in shares if share is not None]
@@ -77,7 +86,10 @@ def judge_main(result: dict) -> Verdict:
 
 
 def judge_layers(result: dict) -> Verdict:
-    """The shallowest third differs more than the deepest third, for ≥ 80 % of the corruptions."""
+    """For ≥ 80 % of corruptions the shallow third differs more than the deep one (partly: 50 %).
+
+    Where another clean seed was trained, by a larger factor than it does.
+    """
     depth = max(row["layer"] for row in result["rows"])
     third = max(1, depth // 3)
     control = "another seed, clean"
@@ -91,20 +103,29 @@ def judge_layers(result: dict) -> Verdict:
         )
 
     ratios = {c: part(c, 1, third) / part(c, depth - third + 1, depth) for c in names}
-    share = 100 * sum(ratio > 1 for ratio in ratios.values()) / len(ratios)
+    own = 1.0
     words = (
         f"the shallowest {third} of {depth} layers differ {statistics.median(ratios.values()):.1f} "
-        f"times as much, relatively, as the deepest {third} (median over {len(names)} corruptions; "
-        f"more in {sum(r > 1 for r in ratios.values())} of them)"
+        f"times as much, relatively, as the deepest {third} (median over {len(names)} corruptions)"
     )
     if any(row["corruption"] == control for row in result["rows"]):
         own = part(control, 1, third) / part(control, depth - third + 1, depth)
-        excess = [part(c, 1, third) / part(control, 1, third) for c in names]
+        over = [
+            str(i)
+            for i in range(1, depth + 1)
+            if all(part(c, i, i) > part(control, i, i) for c in names)
+        ]
         words += (
-            f"; two clean seeds: {own:.1f} times, and in the shallow third corruptions differ "
-            f"{statistics.median(excess):.1f} times as much as two clean seeds do"
+            f", two clean seeds {own:.1f} times; every corruption differs more than two clean "
+            f"seeds do only in layer {', '.join(over)}"
+            if over
+            else f", two clean seeds {own:.1f} times; no layer differs more for every corruption"
         )
-    return graded(share, 80, 50), words
+    else:
+        words += "; no second clean seed to compare with"
+    above = sum(ratio > own for ratio in ratios.values())
+    words += f"; the factor is above {own:.1f} for {above} of {len(names)}"
+    return graded(100 * above / len(names), 80, 50), words
 
 
 def judge_similarity(result: dict) -> Verdict:
@@ -119,7 +140,10 @@ def judge_similarity(result: dict) -> Verdict:
     if inside and across:
         words = f"mean cosine {mean(inside):.2f} within families, {mean(across):.2f} between them"
     if named:
-        words += f"; of {len(named)} signatures of other seeds the nearest centroid names {right}"
+        which = ", ".join(dict.fromkeys(row["corruption"] for row in named))
+        words += (
+            f"; the nearest mean signature of other seeds names {right} of {len(named)} ({which})"
+        )
     closer = bool(inside and across) and mean(inside) > mean(across)
     if not named and not (inside and across):
         return UNTOLD, f"{words}; no two corruptions of one family, and one seed"
@@ -148,7 +172,7 @@ def judge_consistency(result: dict) -> Verdict:
 
 
 def judge_keep_num(result: dict) -> Verdict:
-    """Half of the layers or fewer recover within 5 points of the best number of layers."""
+    """Half of the layers or fewer recover ≥ 50 %, within 5 points of the best number of layers."""
     of_k: dict[int, list[float]] = {}
     for row in result["rows"]:
         if (share := recovered_of(row)) is not None:
@@ -156,13 +180,17 @@ def judge_keep_num(result: dict) -> Verdict:
     shares = {k: mean(values) for k, values in sorted(of_k.items())}
     if not shares:
         return NO_GAIN
+    none = shares.pop(0, None)  # batch norm re-estimated, no layer
     best = max(shares.values())
     enough = min(k for k, share in shares.items() if share >= best - 5)
     words = (
         f"{enough} of {max(shares)} layers recover {shares[enough]:.0f} % of the gain in RA, the "
         f"best number of layers {best:.0f} %"
     )
-    return (HOLDS if enough <= max(shares) / 2 and best >= 50 else PARTLY), words
+    words += "" if none is None else f", re-estimating batch norm alone {none:.0f} %"
+    if best < 50:
+        return FAILS, words
+    return (HOLDS if enough <= max(shares) / 2 else PARTLY), words
 
 
 def judge_quantization(result: dict) -> Verdict:
@@ -172,7 +200,9 @@ def judge_quantization(result: dict) -> Verdict:
         if row["keep_num"] == result["keep_num"]:
             forms.setdefault(row["bits"], []).append(row)
     ra = {bits: mean(row["patched"]["RA"] for row in rows) for bits, rows in forms.items()}
-    fit = [bits for bits in ra if ra[bits] >= ra[32] - 1]
+    fit = [bits for bits in ra if bits < 32 and ra[bits] >= ra[32] - 1]
+    if not fit:
+        return FAILS, f"every quantized form loses more than 1 point of RA below {ra[32]:.1f}"
     smallest = min(fit)
     ratio = result["full_copy"] / mean(row["bytes"] for row in forms[smallest])
     words = (
@@ -188,11 +218,14 @@ def judge_alpha(result: dict) -> Verdict:
     for name in dict.fromkeys(row["corruption"] for row in result["rows"]):
         of_name = [row for row in result["rows"] if row["corruption"] == name]
         points = sorted({row["alpha"] for row in of_name if row["alpha"] <= 1})
+        if len(points) < 2:
+            return UNTOLD, "no two α from 0 to 1 were measured"
         ras = [mean(r["patched"]["RA"] for r in of_name if r["alpha"] == a) for a in points]
         rising += all(b >= a - 1 for a, b in itertools.pairwise(ras)) and ras[-1] > ras[0]
         total += 1
     back = "restores every bit" if result["restored"] else "does NOT restore the model"
-    words = f"taking a patch off {back}; RA rises with α from 0 to 1 for {rising} of {total}"
+    span = f"from {points[0]:g} to {points[-1]:g}"
+    words = f"taking a patch off {back}; RA rises with α {span} for {rising} of {total}"
     verdict = graded(100 * rising / total, 80, 50) if result["restored"] else FAILS
     return verdict, words
 
@@ -215,7 +248,10 @@ def judge_compose(result: dict) -> Verdict:
 
 
 def judge_transfer(result: dict) -> Verdict:
-    """A carried signature gets ≥ 50 % (partly: ≥ 20 %) of the gain on its new backbone."""
+    """A carried signature gets ≥ 50 % (partly: ≥ 20 %) of the gain on its new backbones.
+
+    Partly where no second data set was measured.
+    """
     of: dict[str, dict[str, list[float]]] = {}
     for row in result["rows"]:
         of.setdefault(row["case"], {}).setdefault(row["model"], []).append(row["RA"])
@@ -236,7 +272,14 @@ def judge_transfer(result: dict) -> Verdict:
         f"updated backbone: RA {later['standard']:.1f} → {moved:.1f} (original: "
         f"{original['standard']:.1f} → {original['patched']:.1f})"
     )
-    return graded(min(shares), 50, 20), "; ".join(words)
+    only = later.get("batch norm re-estimated only")
+    if only is not None:
+        words.append(f"re-estimating its batch norm alone: {only:.1f}")
+    verdict = graded(min(shares), 50, 20)
+    if len(ra) == 2:
+        words.append("another data set: not measured")
+        verdict = PARTLY if verdict == HOLDS else verdict
+    return verdict, "; ".join(words)
 
 
 @dataclass(frozen=True)
@@ -329,7 +372,8 @@ def report(root: Path) -> None:
     Raises InputError when nothing was measured, or a file can't be read.
     """
     found = read_results(root, ablations=False)
-    if not any(claim.experiment in found for claim in CLAIMS.values()):
+    others = read_results(root, ablations=True)
+    if not any(claim.experiment in found | others for claim in CLAIMS.values()):
         raise InputError(f"--out {root}: no results of reproduce.py there yet")
     summary, sections = [], []
     for title, claim in CLAIMS.items():
@@ -345,7 +389,6 @@ def report(root: Path) -> None:
         rule = claim.judge.__doc__.splitlines()[0]
         sections += [f"## {title}: {overall}\n", f"The paper: {claim.says}\n"]
         sections += [f"Rule: {rule}\n", *lines]
-    others = read_results(root, ablations=True)
     for title, claim in CLAIMS.items():
         for folder, result in others.get(claim.experiment, []):
             sections += [] if "## Ablations\n" in sections else ["## Ablations\n"]

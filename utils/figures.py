@@ -200,7 +200,8 @@ def heat_map(
         if groups[i] != groups[i - 1]:
             axis.axhline(i - 0.5, color="black", linewidth=1)
             axis.axvline(i - 0.5, color="black", linewidth=1)
-    figure.colorbar(image, ax=axis, label=label, shrink=0.7)
+    beyond = "max" if square else "neither"  # the 1s of the diagonal
+    figure.colorbar(image, ax=axis, label=label, shrink=0.7, extend=beyond)
     if square:
         tree = axes[0][1]
         hierarchy.dendrogram(
@@ -219,14 +220,33 @@ def linkage(cosines: np.ndarray) -> np.ndarray:
     return hierarchy.linkage(squareform(distances, checks=False), "average")
 
 
+def mean_of_seeds(points: Sequence[dict]) -> list[dict]:
+    """One point for each "keep_num" and "bits": "bytes" and "RA" of the models as means."""
+    of: dict[tuple, list[dict]] = {}
+    for point in points:
+        of.setdefault((point["keep_num"], point["bits"]), []).append(point)
+    return [
+        {
+            "bits": bits,
+            "bytes": np.mean([p["bytes"] for p in same]),
+            **{
+                kind: {"RA": float(np.mean([p[kind]["RA"] for p in same]))}
+                for kind in ("standard", "patched", "robust")
+            },
+        }
+        for (_, bits), same in of.items()
+    ]
+
+
 def storage(panel_of: Mapping[str, Sequence[dict]], full: int, path: Path) -> None:
     """RA over bytes on disk, a curve per number of bits along keep_num, and their frontier.
 
-    panel_of: corruption → one dict for each point with "bytes", "bits", and "standard", "patched",
-    "robust" as in `accuracy_panels`; full: bytes of a full copy.
+    panel_of: corruption → one dict for each point with "bytes", "keep_num", "bits", and "standard",
+    "patched", "robust" as in `accuracy_panels`, seeds averaged; full: bytes of a full copy.
     """
     figure, axes = panels(list(panel_of), 4.2, 3.4)
-    for axis, points in zip(axes, panel_of.values(), strict=True):
+    for axis, every in zip(axes, panel_of.values(), strict=True):
+        points = mean_of_seeds(every)
         forms = sorted({point["bits"] for point in points}, reverse=True)
         for bits, (colour, marker) in zip(forms, itertools.cycle(COLOURS), strict=False):
             line = sorted((p["bytes"], p["patched"]["RA"]) for p in points if p["bits"] == bits)
