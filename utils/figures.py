@@ -177,7 +177,8 @@ def heat_map(
     groups: of the rows and columns of a square matrix; lines are drawn between them. A square
     matrix of three or more also gets the tree of average linkage over 1 − cosine beside it.
     """
-    square = list(rows) == list(columns) and len(rows) > 2
+    diagonal = list(rows) == list(columns)
+    square = diagonal and len(rows) > 2
     side = 0.62 * max(len(rows), len(columns)) + 2
     figure, axes = plt.subplots(
         1,
@@ -188,7 +189,7 @@ def heat_map(
         layout="constrained",
     )
     axis = axes[0][0]
-    extent = max(0.2, float(np.abs(values[values < 0.999]).max(initial=0.2)))
+    extent = max(0.5 if diagonal else 0.2, float(np.abs(values[values < 0.999]).max(initial=0.2)))
     image = axis.imshow(values, cmap=DIVERGING, vmin=-extent, vmax=extent)
     for i, j in itertools.product(range(len(rows)), range(len(columns))):
         axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=7)
@@ -200,7 +201,7 @@ def heat_map(
         if groups[i] != groups[i - 1]:
             axis.axhline(i - 0.5, color="black", linewidth=1)
             axis.axvline(i - 0.5, color="black", linewidth=1)
-    beyond = "max" if square else "neither"  # the 1s of the diagonal
+    beyond = "max" if diagonal else "neither"  # the 1s of the diagonal
     figure.colorbar(image, ax=axis, label=label, shrink=0.7, extend=beyond)
     if square:
         tree = axes[0][1]
@@ -279,6 +280,7 @@ def storage(panel_of: Mapping[str, Sequence[dict]], full: int, path: Path) -> No
         axis.annotate("standard model", (0.99, standard), fontsize=7, **place)
         axis.set_xscale("log")
         axis.set_xlabel("bytes on disk per corruption")
-    axes[0].set_ylabel("RA, %")
+    for axis in axes[::3]:
+        axis.set_ylabel("RA, %")
     axes[0].legend(fontsize=7, frameon=False)
     save(figure, path)
