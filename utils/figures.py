@@ -183,7 +183,7 @@ def heat_map(
     figure, axes = plt.subplots(
         1,
         2 if square else 1,
-        figsize=(side + (3 if square else 0.5), 0.53 * len(rows) + 1.7),
+        figsize=(side + (3 if square else 1.5), 0.53 * len(rows) + 1.7),
         width_ratios=[side, 2.6] if square else [1],
         squeeze=False,
         layout="constrained",
