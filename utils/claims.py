@@ -2,7 +2,7 @@
 
     python reproduce.py report          gathers results/**/results.json into results/README.md
 
-A rule is fixed here, before results are looked at; its verdict is "holds", "holds partly" or
+A rule is the same for every study; its verdict is "holds", "holds partly" or
 "does not hold", or "cannot be told" from a study too small for it. Where several studies measured a
 claim it holds only if it does in all of them that can tell.
 """
