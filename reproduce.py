@@ -64,6 +64,7 @@ from utils import arguments, claims, figures, report
 from utils import checkpoint as ckpt
 from utils.atomic import check_writable, write_text
 from utils.batchnorm import has_batchnorm
+from utils.claims import BATCHNORM_ONLY
 from utils.engine import TrainStep, choose_device, evaluate, to_device, train_epoch, use_amp
 from utils.errors import InputError, script_errors
 from utils.figures import BLUE, GREY, ORANGE
@@ -601,7 +602,6 @@ def demo_figure(rows: Sequence[dict], path: Path) -> None:
 
 
 ACCURACIES = "accuracies.json"  # in --runs: every accuracy measured
-State = dict[str, torch.Tensor]
 
 
 class Bench:
@@ -637,10 +637,7 @@ class Bench:
         self.signatures: dict[tuple[str, int], RobustWeightSignature] = {}
 
     def signature(self, name: str, keep_num: int | None = None) -> RobustWeightSignature:
-        """RWS_c, with --keep_num layers unless told otherwise; with 0 a patch of zeros.
-
-        What a patch of zeros does is what re-estimating batch norm alone does.
-        """
+        """RWS_c, with --keep_num layers unless told otherwise; with 0 a patch of zeros."""
         k = self.args.keep_num if keep_num is None else keep_num
         if (name, k) not in self.signatures:
             signature = model_patching.extract(self.study, k or self.args.keep_num, [name])[0]
@@ -664,7 +661,17 @@ class Bench:
         put_on = lambda: model_patching.patched(self.study, signatures, w)  # noqa: E731
         return self._measure(title, key, names, put_on)
 
-    def model(self, path: Path, names: Sequence[str], state: State | None = None) -> dict:
+    def batchnorm_only(self, names: Sequence[str]) -> dict[str, dict]:
+        """BATCHNORM_ONLY: the same with statistics re-estimated under `names` and a patch of zeros.
+
+        Empty for a model without batch norm.
+        """
+        if not has_batchnorm(self.study.target):
+            return {}
+        zeros, n = [self.signature(name, 0) for name in names], len(names)
+        return {BATCHNORM_ONLY: self.patched(zeros, [1 / n] * n, names)}
+
+    def model(self, path: Path, names: Sequence[str], state: dict | None = None) -> dict:
         """The same of another model of these classes, of the weights `state` where given."""
         state = ckpt.read_state_dict(path) if state is None else state
         if path not in self.others:
@@ -844,7 +851,7 @@ def main_table(args: argparse.Namespace) -> None:
     rows = []
     kinds = (
         *("standard", "data augmentation", "robust models"),
-        *("batch norm re-estimated only", "RWS, float32", "RWS, 4 bits"),
+        *(BATCHNORM_ONLY, "RWS, float32", "RWS, 4 bits"),
     )
     for bench in benches(args):
         standard = bench.standard(bench.names)
@@ -860,9 +867,7 @@ def main_table(args: argparse.Namespace) -> None:
                 (kinds[4], bench.patched([signature], [1.0], [name]), bytes_on_disk(signature)),
                 (kinds[5], bench.patched([coarse], [1.0], [name]), bytes_on_disk(coarse)),
             ]
-            if has_batchnorm(bench.study.target):
-                nothing = bench.patched([bench.signature(name, 0)], [1.0], [name])
-                of_name.append((kinds[3], nothing, 0))
+            of_name += [(kind, result, 0) for kind, result in bench.batchnorm_only([name]).items()]
             for kind, result, size in (*one_for_all, *of_name):
                 row = {"model": kind, "corruption": name, "seed": bench.seed, "TA": result["TA"]}
                 rows.append(row | {"RA": result["RA"][name], "bytes": size})
@@ -1095,10 +1100,7 @@ def compose(args: argparse.Namespace) -> None:
                 "TA": report.mean(result["TA"] for result in alone),
                 "RA": {c: result["RA"][c] for c, result in zip(group, alone, strict=True)},
             }
-        if has_batchnorm(bench.study.target):
-            nothing = [bench.signature(name, 0) for name in group]
-            only = bench.patched(nothing, [1 / n] * n, group)
-            models["batch norm re-estimated only"] = only
+        models |= bench.batchnorm_only(group)
         models["composed, w = 1/n"] = bench.patched(signatures, [1 / n] * n, group)
         models["composed, w = 1"] = bench.patched(signatures, [1.0] * n, group)
         path = robust_job(args, first, group).folder / ckpt.BEST_RA
@@ -1148,9 +1150,8 @@ def transfer(args: argparse.Namespace) -> None:
         case = "updated backbone"
         add(case, "standard", name, later.standard([name]))
         signature = [here.signature(name)]
-        if has_batchnorm(later.study.target):
-            nothing = later.patched([here.signature(name, 0)], [1.0], [name])
-            add(case, "batch norm re-estimated only", name, nothing)
+        for model, result in later.batchnorm_only([name]).items():
+            add(case, model, name, result)
         add(case, "patched, old signature", name, later.patched(signature, [1.0], [name]))
         add("original backbone", "standard", name, here.standard([name]))
         add("original backbone", "patched", name, here.patched(signature, [1.0], [name]))

@@ -10,15 +10,16 @@ from PIL import Image
 def write_folders(
     root: Path,
     counts: Mapping[str, int | Sequence[int]],
-    side: int = 32,
+    size: tuple[int, int] = (32, 32),
     levels: int = 256,
     step: int = 0,
     classes: str = "ab",
 ) -> None:
-    """Write PNG files of noise to root/part/class/0000.png …, the same on every call.
+    """Write PNG files of noise to root/part/class/0.png …, the same on every call.
 
-    counts: images of each class in each part, one number or one for each class; a value is drawn
-    from `levels` of them, and each class is brighter than the last by `step`.
+    counts: images of each class in each part, one number or one for each class; size: width and
+    height. A value is drawn from `levels` of them, and each class is brighter than the last by
+    `step`.
     """
     rng = np.random.default_rng(0)
     for part, count in counts.items():
@@ -27,5 +28,5 @@ def write_folders(
             folder = root / part / name
             folder.mkdir(parents=True)
             for i in range(n):
-                pixels = rng.integers(0, levels, (side, side, 3), dtype=np.uint8)
-                Image.fromarray(pixels + np.uint8(step * label)).save(folder / f"{i:04d}.png")
+                pixels = rng.integers(0, levels, (*size[::-1], 3), dtype=np.uint8)
+                Image.fromarray(pixels + np.uint8(step * label)).save(folder / f"{i}.png")

@@ -375,7 +375,7 @@ def test_products_are_products_in_their_dtype():
 
 
 def test_too_small_images_are_an_error(tmp_path):
-    write_folders(tmp_path, EACH, side=16)
+    write_folders(tmp_path, EACH, size=(16, 16))
     flags = ["--dataset", "folder", "--data", str(tmp_path), "--arch", "vgg11"]
     with pytest.raises(InputError, match="--image_size"):
         benchmark.main(["evaluate", *TINY, *FEW, *flags])

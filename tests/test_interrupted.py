@@ -122,7 +122,7 @@ def server(tmp_path_factory):
 def data(tmp_path_factory):
     """Two classes hard to tell apart, so that every few epochs are the best, 32 training images."""
     root = tmp_path_factory.mktemp("data")
-    write_folders(root, {"train": 16, "test": 4}, side=16, levels=120, step=15)
+    write_folders(root, {"train": 16, "test": 4}, size=(16, 16), levels=120, step=15)
     return root
 
 

@@ -22,6 +22,7 @@ import reproduce
 import train_corruption
 from datasets import cache, cifar
 from models import build_model
+from tests.folders import write_folders
 from utils import checkpoint as ckpt
 from utils import signature
 from utils.errors import InputError
@@ -74,13 +75,8 @@ FORMS = (as_archive, as_legacy, as_pickle, as_signature, as_script)
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Two classes, 16 images of 8×8."""
-    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for part in ("train", "test"):
-        for name in "ab":
-            (root / part / name).mkdir(parents=True)
-            for i in range(4):
-                pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    root = tmp_path_factory.mktemp("data")
+    write_folders(root, {"train": 4, "test": 4}, size=(8, 8))
     return root
 
 

@@ -18,6 +18,7 @@ import model_patching
 import reproduce
 import train_corruption
 from models import build_model
+from tests.folders import write_folders
 from utils import checkpoint as ckpt
 from utils.errors import InputError, script_errors
 from utils.signature import RobustWeightSignature
@@ -271,13 +272,7 @@ CASES += [(script, "", wrong, said) for script, wrong, said in OTHERS]
 
 
 def images(root, classes="ab", size=(32, 32), parts=("train", "test")):
-    rng = np.random.default_rng(0)
-    for part in parts:
-        for name in classes:
-            (root / part / name).mkdir(parents=True)
-            for i in range(4):
-                pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    write_folders(root, dict.fromkeys(parts, 4), size=size, classes=classes)
     return root
 
 

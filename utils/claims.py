@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from utils.report import markdown_table, mean, recovered
 
 HOLDS, PARTLY, FAILS = "holds", "holds partly", "does not hold"
 UNTOLD = "cannot be told"
+BATCHNORM_ONLY = "batch norm re-estimated only"  # a model of main, compose and transfer
 Verdict = tuple[str, str]  # verdict, and in words what was measured
 NO_GAIN: Verdict = (FAILS, "no robust model gains RA here, so there is nothing to recover")
 
@@ -44,18 +46,19 @@ def judge_main(result: dict) -> Verdict:
 
     Of the seeds that have every corruption.
     """
+    patched = "RWS, float32"
+    count = Counter(row["seed"] for row in result["rows"] if row["model"] == patched)
     of: dict[str, dict[tuple, dict]] = {}
     for row in result["rows"]:
-        of.setdefault(row["model"], {})[row["corruption"], row["seed"]] = row
-    has = {seed: {c for c, s in of["RWS, float32"] if s == seed} for _, seed in of["RWS, float32"]}
-    whole = [seed for seed, names in has.items() if len(names) == max(map(len, has.values()))]
-    of = {
-        model: {(c, seed): row for (c, seed), row in rows.items() if seed in whole}
-        for model, rows in of.items()
-    }
-    standard, robust, patch = (of[k] for k in ("standard", "robust models", "RWS, float32"))
-    shares = [recovered(*(kind[p]["RA"] for kind in (standard, patch, robust))) for p in patch]
-    shares = [share for share in shares if share is not None]
+        if count[row["seed"]] == max(count.values()):
+            of.setdefault(row["model"], {})[row["corruption"], row["seed"]] = row
+    standard, robust, patch = (of[k] for k in ("standard", "robust models", patched))
+
+    def shares_of(model: dict[tuple, dict]) -> list[float]:
+        every = [recovered(*(m[p]["RA"] for m in (standard, model, robust))) for p in model]
+        return [share for share in every if share is not None]
+
+    shares = shares_of(patch)
     if not shares:
         return NO_GAIN
     share = mean(shares)
@@ -69,13 +72,10 @@ def judge_main(result: dict) -> Verdict:
         f"TA falls by {fall:.1f} points (robust models: "
         f"{mean(standard[p]['TA'] - robust[p]['TA'] for p in patch):.1f})"
     )
-    nothing = of.get("batch norm re-estimated only")
-    if nothing:
-        parts = [(standard[p]["RA"], nothing[p]["RA"], robust[p]["RA"]) for p in nothing]
-        alone = [share for share in (recovered(*part) for part in parts) if share is not None]
+    if BATCHNORM_ONLY in of:
         words += (
-            f"; re-estimating batch norm, which is part of patching, gets {mean(alone):.0f} % of "
-            "the gain with no signature at all"
+            "; re-estimating batch norm, which is part of patching, gets "
+            f"{mean(shares_of(of[BATCHNORM_ONLY])):.0f} % of the gain with no signature at all"
         )
     union = of.get("data augmentation")
     if union:
@@ -115,11 +115,11 @@ def judge_layers(result: dict) -> Verdict:
             for i in range(1, depth + 1)
             if all(part(c, i, i) > part(control, i, i) for c in names)
         ]
+        words += f", two clean seeds {own:.1f} times; "
         words += (
-            f", two clean seeds {own:.1f} times; every corruption differs more than two clean "
-            f"seeds do only in layer {', '.join(over)}"
+            f"every corruption differs more than two clean seeds do only in layer {', '.join(over)}"
             if over
-            else f", two clean seeds {own:.1f} times; no layer differs more for every corruption"
+            else "no layer differs more for every corruption"
         )
     else:
         words += "; no second clean seed to compare with"
@@ -272,9 +272,8 @@ def judge_transfer(result: dict) -> Verdict:
         f"updated backbone: RA {later['standard']:.1f} → {moved:.1f} (original: "
         f"{original['standard']:.1f} → {original['patched']:.1f})"
     )
-    only = later.get("batch norm re-estimated only")
-    if only is not None:
-        words.append(f"re-estimating its batch norm alone: {only:.1f}")
+    if BATCHNORM_ONLY in later:
+        words.append(f"re-estimating its batch norm alone: {later[BATCHNORM_ONLY]:.1f}")
     verdict = graded(min(shares), 50, 20)
     if len(ra) == 2:
         words.append("another data set: not measured")
@@ -336,23 +335,23 @@ CLAIMS = {
 # ---- report ------------------------------------------------------------------------------------
 
 
-def read_results(root: Path, ablations: bool) -> dict[str, list[tuple[Path, dict]]]:
-    """Every results.json of reproduce.py under `root`, by experiment: (its folder, its content).
-
-    Of the method as it is, or with `ablations` of what is not quite it.
-    """
+def read_results(root: Path) -> dict[str, list[tuple[Path, dict]]]:
+    """Every results.json of reproduce.py under `root`, by experiment: (its folder, its content)."""
     found: dict[str, list[tuple[Path, dict]]] = {}
     for path in sorted(root.rglob("results.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: {error}; delete it, or measure again") from error
-        settings = content.get("arguments", {}) if isinstance(content, dict) else {}
         if isinstance(content, dict) and "experiment" in content and "rows" in content:
-            plain = settings.get("projection", True) and settings.get("layers") == "shallowest"
-            if plain != ablations:
-                found.setdefault(content["experiment"], []).append((path.parent, content))
+            found.setdefault(content["experiment"], []).append((path.parent, content))
     return found
+
+
+def is_ablation(result: dict) -> bool:
+    """Whether it is of something else than the method as it is, which the claims are about."""
+    settings = result.get("arguments", {})
+    return not settings.get("projection", True) or settings.get("layers") != "shallowest"
 
 
 def measured(root: Path, folder: Path, result: dict, title: str, words: str) -> list[str]:
@@ -371,15 +370,17 @@ def report(root: Path) -> None:
 
     Raises InputError when nothing was measured, or a file can't be read.
     """
-    found = read_results(root, ablations=False)
-    others = read_results(root, ablations=True)
-    if not any(claim.experiment in found | others for claim in CLAIMS.values()):
+    found = read_results(root)
+    if not any(claim.experiment in found for claim in CLAIMS.values()):
         raise InputError(f"--out {root}: no results of reproduce.py there yet")
-    summary, sections = [], []
+    summary, sections, ablations = [], [], []
     for title, claim in CLAIMS.items():
         verdicts, lines = [], []
         for folder, result in found.get(claim.experiment, []):
             verdict, words = claim.judge(result)
+            if is_ablation(result):
+                ablations += measured(root, folder, result, f"{title}: {result['caption']}", words)
+                continue
             verdicts += [] if verdict == UNTOLD else [verdict]
             lines += measured(root, folder, result, f"**{verdict}** on {result['caption']}", words)
         overall = UNTOLD if lines else "not measured"
@@ -389,11 +390,8 @@ def report(root: Path) -> None:
         rule = claim.judge.__doc__.splitlines()[0]
         sections += [f"## {title}: {overall}\n", f"The paper: {claim.says}\n"]
         sections += [f"Rule: {rule}\n", *lines]
-    for title, claim in CLAIMS.items():
-        for folder, result in others.get(claim.experiment, []):
-            sections += [] if "## Ablations\n" in sections else ["## Ablations\n"]
-            what = f"{title}: {result['caption']}"
-            sections += measured(root, folder, result, what, claim.judge(result)[1])
+    if ablations:
+        sections += ["## Ablations\n", *ablations]
     text = [
         "# Results, claim by claim\n",
         "Written by `python reproduce.py report` from the results.json files below this folder. "
