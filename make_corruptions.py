@@ -245,10 +245,20 @@ def write_record(
 
 
 def bytes_in(path: Path) -> int:
-    """Size of a file, or of all images in a folder; 0 where there is nothing."""
-    if path.is_dir():
-        return sum(size for size, _ in list_images(path).stats)
-    return path.stat().st_size if path.exists() else 0
+    """Size of a file, or of all images in a folder; 0 where there is nothing.
+
+    As well where another process takes it away meanwhile.
+    """
+    try:
+        if path.is_dir():
+            return sum(size for size, _ in list_images(path).stats)
+        return path.stat().st_size if path.exists() else 0
+    except FileNotFoundError:
+        return 0
+    except InputError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return 0
+        raise
 
 
 def remove(path: Path) -> None:

@@ -319,6 +319,11 @@ def test_space_is_checked_first(data, tmp_path, monkeypatch, capsys):
         run(*flags, "--seed", 1, "--overwrite", data=data)
 
 
+def test_what_another_process_takes_away_has_no_size(tmp_path):
+    (tmp_path / "a.JPEG").symlink_to(tmp_path / "gone")  # listed, and not there when looked at
+    assert make_corruptions.bytes_in(tmp_path) == make_corruptions.bytes_in(tmp_path / "b") == 0
+
+
 def test_folders_take_no_more_than_announced(data, tmp_path):
     flags = ("--layout", "folders", "--split", "test", "--severity", 5, "--out", tmp_path)
     run(*flags, "--corruption", "gaussian_noise", data=data)
