@@ -68,6 +68,7 @@ from datasets.loader import CROP_PADDING, MAX_ANGLE, BatchLoader, augmentation_f
 from datasets.normalization import normalization
 from models import ARCHS, build_model
 from models.layers import is_carried, layer_keys
+from models.vgg import MIN_SIDE, VGGS
 from tests.reference import RandomDraws, digital, weather
 from utils import arguments, quantize, report
 from utils import checkpoint as ckpt
@@ -689,10 +690,10 @@ def _pipeline_header(args: argparse.Namespace, device: torch.device, clean: Imag
 
 def _check_sides(archs: Sequence[str], side: int) -> None:
     for arch in archs:
-        if arch.startswith("vgg") and side < 32:
+        if arch in VGGS and side < MIN_SIDE:
             raise InputError(
-                f"--arch {arch} halves its input five times: images of {side} pixels are too "
-                "small, use --image_size 32 or a ResNet"
+                f"--arch {arch} halves its input four times: images of {side} pixels are too "
+                f"small, use --image_size {MIN_SIDE} or more, or a ResNet"
             )
 
 

@@ -37,6 +37,7 @@ from datasets.images import ImageSet, fingerprint, stable_seed
 from datasets.loader import BatchLoader, augmentation_for, fits
 from datasets.normalization import normalization
 from models import ARCHS, build_model
+from models.vgg import MIN_SIDE, VGGS
 from utils import arguments, distributed, report
 from utils import checkpoint as ckpt
 from utils.atomic import check_writable
@@ -265,10 +266,10 @@ def start_model(args: argparse.Namespace, clean: ImageSet) -> tuple[nn.Module, s
 def check_images(args: argparse.Namespace, train: ImageSet, device: torch.device) -> None:
     """Raise InputError where the architecture can't train on such images or batches."""
     side = min(train.images.shape[-2:])
-    if args.arch.startswith("vgg") and side < 32:
+    if args.arch in VGGS and side < MIN_SIDE:
         raise InputError(
-            f"{args.arch} halves its input five times: images of {side} pixels are too "
-            "small, use --image_size 32 or a ResNet"
+            f"{args.arch} halves its input four times: images of {side} pixels are too "
+            f"small, use --image_size {MIN_SIDE} or more, or a ResNet"
         )
     # Batch norm has the whole batch on CUDA, on a CPU each process its own part.
     ranks = distributed.ranks()

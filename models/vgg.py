@@ -1,6 +1,8 @@
 """VGG without batch norm as the paper uses it: convolutions, average pool to 1×1, one linear head.
 
 Simonyan & Zisserman, "Very Deep Convolutional Networks", ICLR 2015; configurations A, B, D, E.
+The max-pool after the fifth stage is left out, as in the network of the RWS authors: the average
+pool takes the mean of 2×2 values for images of 32×32, of 4×4 for 64×64. No parameter shows it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,12 @@ from torchvision.models.vgg import cfgs, make_layers
 from models.normalize import Normalize
 
 VGGS = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}
+MIN_SIDE = 16  # pixels: four max-pools halve the image
+
+
+def _convolutions(arch: str, batch_norm: bool) -> nn.Sequential:
+    """torchvision's `features` of `arch` less the last max-pool, so with its keys."""
+    return make_layers(cfgs[VGGS[arch]][:-1], batch_norm)
 
 
 class VGG(nn.Module):
@@ -25,7 +33,7 @@ class VGG(nn.Module):
     ) -> None:
         super().__init__()
         self.normalize = Normalize(mean, std)
-        self.features = make_layers(cfgs[VGGS[arch]], batch_norm=False)
+        self.features = _convolutions(arch, batch_norm=False)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(512, num_classes)
         for module in self.modules():
@@ -45,7 +53,7 @@ def add_batchnorm(model: VGG, arch: str) -> None:
 
     Without it a VGG hardly trains from random weights; `fold_batchnorm` takes it out again.
     """
-    model.features = make_layers(cfgs[VGGS[arch]], batch_norm=True)
+    model.features = _convolutions(arch, batch_norm=True)
 
 
 @torch.no_grad()
@@ -54,7 +62,7 @@ def fold_batchnorm(model: VGG, arch: str) -> None:
 
     w' = w · γ/√(var + ε),  b' = β + (b − mean) · γ/√(var + ε).
     """
-    plain = make_layers(cfgs[VGGS[arch]], batch_norm=False).to(next(model.parameters()).device)
+    plain = _convolutions(arch, batch_norm=False).to(next(model.parameters()).device)
     targets = (m for m in plain if isinstance(m, nn.Conv2d))
     for conv, bn in itertools.pairwise(model.features):
         if isinstance(bn, nn.BatchNorm2d):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 
 from models import ARCHS, build_model, head_prefix
@@ -58,6 +59,84 @@ def test_resnet50_layers_are_stem_and_blocks():
     assert len(carried_keys("resnet50")) == 2 * 53 + 4
 
 
+STAGES = {  # output channels of the convolutions of each stage: Simonyan & Zisserman, table 1
+    "vgg11": [[64], [128], [256] * 2, [512] * 2, [512] * 2],
+    "vgg13": [[64] * 2, [128] * 2, [256] * 2, [512] * 2, [512] * 2],
+    "vgg16": [[64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3],
+    "vgg19": [[64] * 2, [128] * 2, [256] * 4, [512] * 4, [512] * 4],
+}
+
+
+@torch.no_grad()
+def vgg_by_hand(arch, state, x, batch_stats=None):
+    """The paper's VGG, written out: no max-pool behind the fifth stage.
+
+    With `batch_stats` (True: those of the batch, False: the running ones) a batch norm stands
+    behind every convolution.
+    """
+    mean, std = (state[f"normalize.{name}"].view(1, 3, 1, 1) for name in ("mean", "std"))
+    x = (x - mean) / std
+    index = 0
+    for number, stage in enumerate(STAGES[arch], start=1):
+        for channels in stage:
+            w, b = state[f"features.{index}.weight"], state[f"features.{index}.bias"]
+            assert len(w) == channels
+            x = F.conv2d(x, w, b, padding=1)
+            if batch_stats is not None:
+                index += 1
+                parts = ("running_mean", "running_var", "weight", "bias")
+                now, var, γ, β = (state[f"features.{index}.{part}"] for part in parts)
+                if batch_stats:
+                    now, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+                now, var, γ, β = (t.view(1, -1, 1, 1) for t in (now, var, γ, β))
+                x = (x - now) / (var + 1e-5).sqrt() * γ + β
+            x = x.clamp(min=0)
+            index += 2
+        if number < 5:
+            x = F.max_pool2d(x, 2, 2)
+            index += 1
+    return F.linear(x.mean((2, 3)), state["classifier.weight"], state["classifier.bias"])
+
+
+def randomize(model):
+    """Biases and batch norms of their own: what a fresh model leaves at 0 and 1 counts, too."""
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if key.endswith((".bias", "running_mean")):
+                tensor.normal_(std=0.1)
+            elif key.endswith("running_var") or (tensor.dim() == 1 and key.endswith(".weight")):
+                tensor.uniform_(0.5, 1.5)
+
+
+@pytest.mark.parametrize("side", [16, 32, 64])
+@pytest.mark.parametrize("arch", STAGES)
+def test_vgg_is_the_papers(arch, side):
+    torch.manual_seed(0)
+    model = build_model(arch, 5, [0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
+    randomize(model)
+    x = torch.rand(3, 3, side, side)
+    expected = vgg_by_hand(arch, model.state_dict(), x)
+    assert expected.std() > 1e-2
+    for train in (True, False):
+        with torch.no_grad():
+            torch.testing.assert_close(model.train(train)(x), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", [32, 64])
+@pytest.mark.parametrize("train", [True, False])
+def test_vgg_with_batchnorm_is_the_papers(side, train):
+    torch.manual_seed(0)
+    model = build_model("vgg11", 5)
+    add_batchnorm(model, "vgg11")
+    randomize(model)
+    x = torch.rand(8, 3, side, side)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        outputs = model.train(train)(x)
+    expected = vgg_by_hand("vgg11", state, x, batch_stats=train)
+    torch.testing.assert_close(outputs, expected, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("arch", ["vgg11", "resnet18"])
 def test_model_normalizes_its_input(arch):
     torch.manual_seed(0)
@@ -96,11 +175,7 @@ def test_folding_batchnorm_changes_no_output():
     keys = list(model.state_dict())
     add_batchnorm(model, "vgg11")
     model.train()(torch.rand(8, 3, 32, 32))  # gives the running statistics values of their own
-    with torch.no_grad():
-        for module in model.features:
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_()
+    randomize(model)
     model.eval()
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():

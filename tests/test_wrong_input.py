@@ -96,7 +96,7 @@ TRAIN = [
     ("--dataset cifar10 --data {w}/cifar-c", r"cifar-c: .*\.npy files are a corrupted copy"),
     ("--dataset tinyimagenet", r"data has no val/ folder"),
     ("--dataset tinyimagenet --data {w}/empty", r"empty: no Tiny-ImageNet there"),
-    ("--arch vgg11 --image_size 16", r"vgg11 .*16 pixels are too small, use --image_size 32"),
+    ("--arch vgg11 --image_size 12", r"vgg11 .*12 pixels are too small, use --image_size 16"),
     # published corrupted sets
     *(
         (f"--std_data {{w}}/data --corruption fog --data {{w}}/{name}", said)
