@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import os
 import warnings
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +21,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from utils.atomic import replacing
 from utils.errors import InputError
+from utils.files import replacing
 
 WORKERS: int | None = None  # threads that decode images; None: one per core, at most 16
 # Part of every fingerprint: raise it when decoding or resizing changes.
@@ -40,49 +37,27 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 _PIECE = 256
 
 
-@dataclass
-class ImageFiles:
-    """Image files under one folder: `names` relative to it ("/" between), `stats` (size, ns)."""
-
-    folder: Path
-    names: list[str]
-    stats: list[tuple[int, int]]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def pick(self, positions: list[int]) -> ImageFiles:
-        """The files at `positions`, in that order."""
-        return ImageFiles(
-            self.folder, [self.names[i] for i in positions], [self.stats[i] for i in positions]
-        )
-
-
-def list_images(folder: Path) -> ImageFiles:
-    """Every image file under `folder`, at any depth, sorted by relative name.
+def list_images(folder: Path) -> list[str]:
+    """Names of all image files under `folder`, at any depth: relative to it, "/" between, sorted.
 
     Files with other suffixes, and files and folders whose name starts with a dot, are passed over.
     Raises InputError when the folder can't be read.
     """
-    found: list[tuple[str, int, int]] = []
-    pending = [""]
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = []
     try:
-        while pending:
-            prefix = pending.pop()
-            with os.scandir(folder / prefix) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir():
-                        pending.append(f"{prefix}{entry.name}/")
-                    elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-                        stat = entry.stat()
-                        found.append((prefix + entry.name, stat.st_size, stat.st_mtime_ns))
+        for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            prefix = "".join(f"{part}/" for part in Path(place).relative_to(folder).parts)
+            for name in names:
+                if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
+                    found.append(prefix + name)
     except OSError as error:
-        place = error.filename or folder
-        raise InputError(f"cannot read {place}: {error.strerror or error}") from error
-    found.sort()
-    return ImageFiles(folder, [f[0] for f in found], [(f[1], f[2]) for f in found])
+        raise _cannot_read(error.filename or folder, error) from error
+    return sorted(found)
 
 
 def resized(image: Image.Image, side: int) -> Image.Image:
@@ -114,19 +89,21 @@ def read_image(path: str | os.PathLike, image_size: int | None = None) -> Image.
         raise
     # Decoders meet damaged files with anything from OSError to struct.error and IndexError.
     except Exception as error:
-        reason = "empty file" if _is_empty(path) else str(error) or type(error).__name__
+        empty = os.path.exists(path) and not os.path.getsize(path)
+        reason = "empty file" if empty else str(error) or type(error).__name__
         raise InputError(f"{path}: not a readable image ({reason})") from error
     return rgb if image_size is None else resized(rgb, image_size)
 
 
 def read_images(
-    files: ImageFiles,
+    folder: Path,
+    names: list[str],
     rows: torch.Tensor,
     image_size: int | None,
-    root: Path | None,
     title: str,
+    root: Path | None = None,
 ) -> torch.Tensor:
-    """Pixels of `files` at `rows` (int64), uint8 (len(rows), 3, side, side).
+    """Pixels of the files `names` in `folder` at `rows` (int64), uint8 (len(rows), 3, side, side).
 
     All files are decoded on the first call and come from the cache of `root` afterwards; with
     root None only those at `rows` are decoded, and nothing is cached. `title` names the part
@@ -134,90 +111,80 @@ def read_images(
     and the same for all.
     Raises InputError for a file that can't be decoded and for sizes that differ.
     """
-    rows = torch.as_tensor(rows, dtype=torch.int64)
-    if root is not None and len(files):
-        key = _key(files, image_size)
-        places = [place / f"{title}-{key}.npy" for place in _places(root)]
-        for path in places:
-            pixels = _from_cache(path, len(files), rows)
-            if pixels is not None:
-                return pixels
-        side = image_size or _own_side(files)
-        for path in places:
-            if _write_cache(path, files, side, image_size, title):
-                pixels = _from_cache(path, len(files), rows)
-                if pixels is not None:
-                    return pixels
-    wanted = files.pick(rows.tolist())
-    side = image_size or (_own_side(wanted) if len(wanted) else 1)
-    pixels = np.empty((len(wanted), 3, side, side), np.uint8)
-    start = 0
-    for piece in _decoded(wanted, side, image_size, title):
-        pixels[start : start + len(piece)] = piece
-        start += len(piece)
-    return torch.from_numpy(pixels)
+    if root is None:
+        wanted = [names[row] for row in rows.tolist()]
+        return torch.from_numpy(_decode(folder, wanted, image_size, title))
+    key = _key(folder, names, image_size)
+    places = [place / f"{title}-{image_size or 'own'}-{key}.npy" for place in _places(root)]
+    for path in places:
+        pixels = _from_cache(path, len(names), rows)
+        if pixels is not None:
+            return pixels
+    whole = _decode(folder, names, image_size, title)
+    for path in places:
+        try:
+            _write_cache(path, whole)
+        except InputError as error:  # a full disk, or a folder that can't be written
+            failure = error
+            continue
+        for old in path.parent.glob(f"{title}-{image_size or 'own'}-*.npy"):
+            if old != path:
+                with contextlib.suppress(OSError):
+                    old.unlink()
+        break
+    else:
+        warnings.warn(f"no cache of the decoded images: {failure}", stacklevel=2)
+    return torch.from_numpy(whole[rows.numpy()])
 
 
-def _is_empty(path: str | os.PathLike) -> bool:
-    with contextlib.suppress(OSError):
-        return os.path.getsize(path) == 0
-    return False
+def _cannot_read(place: object, error: OSError) -> InputError:
+    return InputError(f"cannot read {place}: {error.strerror or error}")
 
 
-def _own_side(files: ImageFiles) -> int:
-    """Side of the first image, which the others must share."""
-    path = files.folder / files.names[0]
+def _own_side(path: Path) -> int:
+    """Side of an image, which the others must share."""
     width, height = read_image(path).size
     if width != height:
         raise InputError(f"{path} is {width}×{height}, not square: give --image_size")
     return width
 
 
-def _decoded(
-    files: ImageFiles, side: int, image_size: int | None, title: str
-) -> Iterator[np.ndarray]:
-    """Yield uint8 (n, 3, side, side) pieces of `files`, in order."""
-    folder = str(files.folder)
+def _decode(folder: Path, names: list[str], image_size: int | None, title: str) -> np.ndarray:
+    """Pixels of all files `names` in `folder`, uint8 (n, 3, side, side)."""
+    side = image_size or (_own_side(folder / names[0]) if names else 1)
+    pixels = np.empty((len(names), 3, side, side), np.uint8)
 
-    def piece(start: int) -> np.ndarray:
-        names = files.names[start : start + _PIECE]
-        pixels = np.empty((len(names), side, side, 3), np.uint8)
-        for i, name in enumerate(names):
+    def decode(start: int) -> int:
+        piece = names[start : start + _PIECE]
+        for i, name in enumerate(piece, start):
             image = read_image(f"{folder}/{name}", image_size)
             if image.size != (side, side):
                 raise InputError(
                     f"{folder}/{name} is {image.width}×{image.height}, "
-                    f"{files.names[0]} is {side}×{side}: give --image_size"
+                    f"{names[0]} is {side}×{side}: give --image_size"
                 )
-            pixels[i] = image
-        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+            pixels[i] = np.asarray(image).transpose(2, 0, 1)
+        return len(piece)
 
-    workers = WORKERS or min(16, os.cpu_count() or 1)
-    starts = iter(range(0, len(files), _PIECE))
     with (
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(files), desc=f"decoding {title}", unit="img", disable=None) as bar,
+        ThreadPoolExecutor(WORKERS or min(16, os.cpu_count() or 1)) as pool,
+        tqdm(total=len(names), desc=f"decoding {title}", unit="img", disable=None) as bar,
     ):
-        # A short queue, so that a slow disk under the cache doesn't pile up pieces in memory.
-        queue = [pool.submit(piece, start) for start in itertools.islice(starts, 2 * workers)]
+        for done in pool.map(decode, range(0, len(names), _PIECE)):
+            bar.update(done)
+    return pixels
+
+
+def _key(folder: Path, names: list[str], image_size: int | None) -> str:
+    digest = hashlib.sha256(f"{FORMAT} {image_size} {folder.name}\n".encode())
+    for name in names:
         try:
-            while queue:
-                pixels = queue.pop(0).result()
-                start = next(starts, None)
-                if start is not None:
-                    queue.append(pool.submit(piece, start))
-                bar.update(len(pixels))
-                yield pixels
-        finally:
-            for waiting in queue:
-                waiting.cancel()
-
-
-def _key(files: ImageFiles, image_size: int | None) -> str:
-    digest = hashlib.sha256(f"{FORMAT} {image_size} {files.folder.name}\n".encode())
-    for name, (size, time) in zip(files.names, files.stats, strict=True):
-        digest.update(f"{name}\0{size}\0{time}\n".encode("utf-8", "surrogateescape"))
-    return f"{image_size or 'own'}-{digest.hexdigest()[:24]}"
+            stat = os.stat(f"{folder}/{name}")
+        except OSError as error:
+            raise _cannot_read(folder / name, error) from error
+        line = f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:24]
 
 
 def _places(root: Path) -> list[Path]:
@@ -232,64 +199,20 @@ def _from_cache(path: Path, count: int, rows: torch.Tensor) -> torch.Tensor | No
     """Rows of the cached array, or None where it is missing or damaged."""
     try:
         pixels = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(pixels, np.memmap) or pixels.dtype != np.uint8:
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[:2] != (count, 3):
             return None
-        if pixels.ndim != 4 or pixels.shape[:2] != (count, 3):
+        end = pixels.offset + pixels.size
+        if not pixels.flags.c_contiguous or path.stat().st_size != end + 4:
             return None
-        with open(path, "rb") as file:
-            file.seek(-4, os.SEEK_END)
-            expected = int.from_bytes(file.read(4), "big")
-        if not pixels.flags.c_contiguous or path.stat().st_size != pixels.offset + pixels.size + 4:
+        if zlib.crc32(pixels) != np.fromfile(path, ">u4", offset=end).item():
             return None
-        checksum = 0
-        for start in range(0, count, 1024):
-            checksum = zlib.crc32(pixels[start : start + 1024], checksum)
+        return torch.from_numpy(pixels[rows.numpy()])
     # A damaged header leads NumPy's parser to anything from ValueError to tokenize.TokenError.
     except Exception:
         return None
-    if checksum != expected:
-        return None
-    return torch.from_numpy(pixels[rows.numpy()])
 
 
-def _write_cache(
-    path: Path, files: ImageFiles, side: int, image_size: int | None, title: str
-) -> bool:
-    """Decode `files` into `path`; False, and nothing left behind, where that can't be written."""
-    if not _can_write(path.parent):
-        return False
-    shape = (len(files), 3, side, side)
-    pieces = _decoded(files, side, image_size, title)
-    failed = False
-    try:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            checksum = 0
-            for piece in pieces:
-                checksum = zlib.crc32(piece, checksum)
-                file.write(piece)
-            file.write(checksum.to_bytes(4, "big"))
-    except InputError as error:
-        # A full disk only costs the cache; a bad image is the caller's to hear of.
-        if not isinstance(error.__cause__, OSError) or not str(error).startswith("cannot write"):
-            raise
-        warnings.warn(f"no cache of the decoded images: {error}", stacklevel=2)
-        failed = True
-    finally:
-        pieces.close()
-    if failed:
-        return False
-    for old in path.parent.glob(f"{title}-{image_size or 'own'}-*.npy"):
-        if old != path:
-            with contextlib.suppress(OSError):
-                old.unlink()
-    return True
-
-
-def _can_write(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK | os.X_OK)
+def _write_cache(path: Path, pixels: np.ndarray) -> None:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, pixels)
+        file.write(zlib.crc32(pixels).to_bytes(4, "big"))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from datasets.cache import ImageFiles, list_images, read_images
+from datasets.cache import list_images, read_images
 from datasets.images import ImageSet, split_rows
 from utils.errors import InputError, suggest
 
@@ -26,84 +26,74 @@ VAL_SHARE = 0.1
 class Part:
     """One part of a set kept as image files: "train" (validation included) or "test".
 
-    labels int64 (N,), val_rows int64 (rows of validation), short: "<class>/<file>" of each file.
+    root       where the cache of the set lies
+    names      files in `folder`, in order of the rows
+    files      "<class>/<file>" of each
+    labels     int64 (N,), indices into `classes`
+    val_rows   int64, the rows of validation in train
     """
 
-    files: ImageFiles
+    root: Path
+    folder: Path
+    names: list[str]
+    files: list[str]
     labels: torch.Tensor
     classes: list[str]
-    val_rows: torch.Tensor
-    short: list[str]
+    val_rows: torch.Tensor | None = None
 
-    def load(
-        self, name: str, root: Path, split: str, image_size: int | None, title: str
-    ) -> ImageSet:
-        """The images of `split`, from the cache of `root` where they have been decoded before."""
-        rows = split_rows(len(self.files), self.val_rows, split)
+    def load(self, name: str, split: str, image_size: int | None) -> ImageSet:
+        """The images of `split`: uint8 (N, 3, side, side), from the cache where it has them.
+
+        image_size: side to resize to (central square; Pillow's BOX to reduce, BILINEAR to enlarge)
+        at decoding; None keeps the images as they are, if they are square and all of one size.
+        Raises InputError for an unreadable image, and sizes that differ without an image_size.
+        """
+        rows = split_rows(len(self.names), self.val_rows, split)
         if not len(rows):
-            raise InputError(f"{self.files.folder} has too few images to make a {split} split")
+            raise InputError(f"{self.folder} has too few images to make a {split} split")
+        title = "test" if split == "test" else "train"
         return ImageSet(
-            images=read_images(self.files, rows, image_size, root, title),
+            images=read_images(self.folder, self.names, rows, image_size, title, self.root),
             labels=self.labels[rows],
             classes=self.classes,
             name=name,
             rows=rows,
-            total=len(self.files),
-            files=[self.short[row] for row in rows.tolist()],
-            source=str(self.files.folder),
+            total=len(self.names),
+            files=[self.files[row] for row in rows.tolist()],
+            source=str(self.folder),
         )
 
 
-def rows(root: Path, split: str) -> torch.Tensor:
-    """Rows (int64) of `split` in its part (`ImageSet.rows`), without reading any image."""
-    listed = part(Path(root), split)
-    return split_rows(len(listed.files), listed.val_rows, split)
-
-
-def load(root: Path, split: str, image_size: int | None = None, name: str = "folder") -> ImageSet:
-    """Load a split of the tree under `root`: images uint8 (N, 3, side, side), by class, by name.
-
-    image_size: side to resize to (central square; Pillow's BOX to reduce, BILINEAR to enlarge) at
-    decoding; None keeps the images as they are, if they are square and all of one size.
-    The test split is `test/`, or `val/` where there is no `test/`.
-    Raises InputError for a missing folder, a class without images, a test class that train lacks,
-    an unreadable image, and for sizes that differ without an image_size.
-    """
-    root = Path(root)
-    return part(root, split).load(
-        name, root, split, image_size, "test" if split == "test" else "train"
-    )
-
-
 def part(root: Path, split: str) -> Part:
-    """List the part of the tree that `split` belongs to."""
+    """List the part of the tree that `split` belongs to: by class, by name.
+
+    The test part is `test/`, or `val/` where there is no `test/`.
+    Raises InputError for a missing folder, a class without images, a test class that train lacks.
+    """
     train = root / "train"
     if not train.is_dir():
         raise InputError(f"--data {root}: no train/<class>/ folders of images there")
+    classes = class_folders(train)
     if split != "test":
-        files = list_images(train)
-        classes = class_folders(train)
-        labels = labels_of(files, classes)
+        names = list_images(train)
+        labels = labels_of(train, names, classes)
         empty = sorted(set(range(len(classes))) - set(labels.tolist()))
         if empty:
             raise InputError(f"{train / classes[empty[0]]} holds no images")
-        return Part(files, labels, classes, validation_rows(files.names), files.names)
+        return Part(root, train, names, names, labels, classes, validation_rows(names))
     for folder in (root / "test", root / "val"):
         if folder.is_dir():
-            files = list_images(folder)
-            if not len(files):
+            names = list_images(folder)
+            if not names:
                 raise InputError(f"{folder} holds no <class>/ folders of images")
-            classes = class_folders(train)
-            labels = labels_of(files, classes)
-            return Part(files, labels, classes, torch.empty(0, dtype=torch.int64), files.names)
+            return Part(root, folder, names, names, labels_of(folder, names, classes), classes)
     raise InputError(f"--data {root}: no test/<class>/ (or val/<class>/) folders of images there")
 
 
 def class_folders(folder: Path) -> list[str]:
     """Sorted names of the folders in `folder`, which are the classes."""
     try:
-        with os.scandir(folder) as entries:
-            names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
     except OSError as error:
         raise InputError(f"cannot read {folder}: {error.strerror or error}") from error
     if not names:
@@ -111,17 +101,17 @@ def class_folders(folder: Path) -> list[str]:
     return names
 
 
-def labels_of(files: ImageFiles, classes: list[str]) -> torch.Tensor:
+def labels_of(folder: Path, names: list[str], classes: list[str]) -> torch.Tensor:
     """Label (int64) of each file from the first folder in its name; others are an InputError."""
     index = {name: label for label, name in enumerate(classes)}
     labels = []
-    for name in files.names:
+    for name in names:
         top, slash, _ = name.partition("/")
         if not slash:
-            raise InputError(f"{files.folder / name} lies in no class folder")
+            raise InputError(f"{folder / name} lies in no class folder")
         if top not in index:
             hint = suggest(top, classes)
-            raise InputError(f"{files.folder / top} is not one of the training classes{hint}")
+            raise InputError(f"{folder / top} is not one of the training classes{hint}")
         labels.append(index[top])
     return torch.tensor(labels, dtype=torch.int64)
 
@@ -143,8 +133,3 @@ def validation_rows(names: list[str]) -> torch.Tensor:
         count = max(1, round(len(ranked) * VAL_SHARE)) if len(ranked) > 1 else 0
         chosen += [row for _, _, row in sorted(ranked)[:count]]
     return torch.tensor(sorted(chosen), dtype=torch.int64)
-
-
-def short_names(files: ImageFiles) -> list[str]:
-    """Names without the "images/" folder that Tiny-ImageNet puts into each class."""
-    return [name.replace("/images/", "/", 1) for name in files.names]

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from utils.errors import InputError
+from utils.errors import InputError, suggest
 
 SPLITS = ("train", "val", "test", "all")
+CLASS_PARITIES = ("even", "odd")
 
 
 @dataclass
@@ -29,7 +30,7 @@ class ImageSet:
     total   number of rows of that part
     files   "<class>/<file>" of each image where the set is kept as image files, else empty
     source  in words, where the pixels come from
-    half    "even" or "odd" where only every other class of the published set is here
+    class_parity  "even" or "odd" where only every other class of the published set is here
     """
 
     images: torch.Tensor
@@ -40,14 +41,13 @@ class ImageSet:
     total: int | None = None
     files: list[str] = field(default_factory=list, repr=False)
     source: str = ""
-    half: str | None = None
+    class_parity: str | None = None
 
     def __post_init__(self) -> None:
-        count = len(self.images)
-        if self.images.dtype != torch.uint8 or self.images.dim() != 4 or self.images.shape[1] != 3:
+        count, shape = len(self.images), tuple(self.images.shape)
+        if self.images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
             raise InputError(
-                f"{self.name}: images must be uint8 (N, 3, H, W), "
-                f"got {self.images.dtype} {tuple(self.images.shape)}"
+                f"{self.name}: images must be uint8 (N, 3, H, W), got {self.images.dtype} {shape}"
             )
         if self.labels.dtype != torch.int64 or self.labels.shape != (count,):
             raise InputError(
@@ -78,17 +78,16 @@ class ImageSet:
         )
 
 
-HALVES = ("even", "odd")
-
-
-def half_of_classes(images: ImageSet, half: str) -> ImageSet:
+def every_other_class(images: ImageSet, class_parity: str) -> ImageSet:
     """The images of every other class, from the first ("even") or the second ("odd") on.
 
     Labels are counted anew; `rows` and `total` remain those of the published part.
     """
-    first = HALVES.index(half)
+    first = CLASS_PARITIES.index(class_parity)
     kept = images.subset(torch.nonzero(images.labels % 2 == first).flatten())
-    return replace(kept, labels=kept.labels // 2, classes=images.classes[first::2], half=half)
+    kept.labels = kept.labels // 2
+    kept.classes, kept.class_parity = images.classes[first::2], class_parity
+    return kept
 
 
 def spaced(images: ImageSet, limit: int | None) -> ImageSet:
@@ -110,10 +109,11 @@ def split_rows(total: int, val_rows: torch.Tensor, split: str) -> torch.Tensor:
     return torch.nonzero(is_val if split == "val" else ~is_val).flatten()
 
 
-def check_split(split: str) -> None:
-    """Raise InputError unless `split` is one of SPLITS."""
-    if split not in SPLITS:
-        raise InputError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
+def check_split(split: str, known: Sequence[str] = SPLITS) -> None:
+    """Raise InputError unless `split` is one of `known`."""
+    if split not in known:
+        hint = suggest(str(split), known)
+        raise InputError(f"unknown split {split!r}{hint}: one of {', '.join(known)}")
 
 
 def stable_seed(*parts: object) -> int:

@@ -2,19 +2,21 @@
 
 Shuffling and augmentation are batched tensor functions there; nothing waits for the host.
 Each augmentation is split into drawing its parameters, once per epoch, and applying them.
-A set too large for the device stays in host memory, and what comes next is copied over meanwhile.
+A set too large for the device stays in host memory, from where batches are copied over as needed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import InitVar, dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.images import ImageSet, stable_seed
+from utils import distributed
 from utils.errors import InputError
 
 AUGMENTATIONS = ("crop_flip", "rotate_flip")
@@ -22,6 +24,8 @@ CROP_PADDING = 4  # pixels, at 32×32
 MAX_ANGLE = 20.0  # degrees
 # Batches augmented together on an accelerator, where a batch alone is bound by kernel launches.
 _BATCHES_AT_ONCE = 16
+# Images evaluated at once: on a CPU, and on a GPU at 32×32 (of larger ones as many pixels).
+_EVALUATED_AT_ONCE = {"cpu": 250, "cuda": 5000}
 # Of a GPU's free memory, what images may take; the rest is for weights and activations.
 _SHARE_FOR_IMAGES = 0.5
 
@@ -71,28 +75,6 @@ def rotate(images: Tensor, angles: Tensor) -> Tensor:
     return turned.view(count, channels, height, width)
 
 
-def draw_offsets(
-    count: int, padding: int, device: torch.device, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """Offsets dy, dx: int64 (count,), uniform in 0..2·padding."""
-    draws = torch.randint(2 * padding + 1, (2, count), device=device, generator=generator)
-    return draws[0], draws[1]
-
-
-def draw_flips(
-    count: int, device: torch.device, generator: torch.Generator | None = None
-) -> Tensor:
-    """bool (count,), true with probability 1/2."""
-    return torch.rand(count, device=device, generator=generator) < 0.5
-
-
-def draw_angles(
-    count: int, degrees: float, device: torch.device, generator: torch.Generator | None = None
-) -> Tensor:
-    """float32 (count,), uniform in [-degrees, degrees)."""
-    return (torch.rand(count, device=device, generator=generator) * 2 - 1) * degrees
-
-
 # ---------------------------------------------------------------------------------------------
 # Loader
 
@@ -106,6 +88,7 @@ def fits(images: Tensor, device: torch.device) -> bool:
     return images.nbytes <= _SHARE_FOR_IMAGES * free
 
 
+@dataclass(eq=False, repr=False)
 class BatchLoader:
     """Iterate over (images float32 (n, 3, H, W) in [0, 1], labels int64 (n,)) on `device`.
 
@@ -124,47 +107,41 @@ class BatchLoader:
     unknown augmentation.
     """
 
-    def __init__(
-        self,
-        image_set: ImageSet,
-        batch_size: int,
-        augment: str | None = None,
-        device: str | torch.device = "cpu",
-        shuffle: bool = False,
-        seed: int = 0,
-        resample: Callable[[int], Tensor] | None = None,
-        rank: int = 0,
-        ranks: int = 1,
-        resident: bool | None = None,
-    ) -> None:
-        if batch_size < 1:
-            raise InputError(f"--batch_size {batch_size}: must be at least 1")
-        if batch_size % ranks:
+    image_set: InitVar[ImageSet]
+    batch_size: int
+    augment: str | None = None
+    device: str | torch.device = "cpu"
+    shuffle: bool = False
+    seed: int = 0
+    resample: Callable[[int], Tensor] | None = None
+    rank: int = 0
+    ranks: int = 1
+    resident: bool | None = None
+    epoch: int = field(default=0, init=False)  # the next one's number
+
+    def __post_init__(self, image_set: ImageSet) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"--batch_size {self.batch_size}: must be at least 1")
+        if self.batch_size % self.ranks:
             raise InputError(
-                f"--batch_size {batch_size}: must be a multiple of the {ranks} processes"
+                f"--batch_size {self.batch_size}: must be a multiple of the {self.ranks} processes"
             )
-        if augment is not None and augment not in AUGMENTATIONS:
-            raise InputError(f"unknown augmentation {augment!r}: {', '.join(AUGMENTATIONS)}")
+        if self.augment not in (None, *AUGMENTATIONS):
+            raise InputError(f"unknown augmentation {self.augment!r}: {', '.join(AUGMENTATIONS)}")
         if not len(image_set):
             raise InputError(f"{image_set.name}: no images to make batches of")
-        self.device = torch.device(device)
-        self.resident = fits(image_set.images, self.device) if resident is None else resident
+        self.device = torch.device(self.device)
+        if self.resident is None:
+            self.resident = fits(image_set.images, self.device)
         self.images = image_set.images.to(self.device if self.resident else "cpu")
         self.labels = image_set.labels.to(self.device)
-        self.batch_size = batch_size
-        self.augment = augment
-        self.shuffle = shuffle
-        self.seed = seed
-        self.resample = resample
-        self.rank, self.ranks = rank, ranks
-        self.epoch = 0
 
     @property
     def residence(self) -> str:
         """Where the images lie, in words."""
         size = f"{self.images.nbytes / 1e6:,.0f} MB"
         if not self.resident:
-            return f"{size} in host memory, copied to the device ahead of their batches"
+            return f"{size} in host memory, copied to the device batch by batch"
         return f"{size} " + ("in memory" if self.device.type == "cpu" else "on the device")
 
     def __len__(self) -> int:
@@ -195,26 +172,23 @@ class BatchLoader:
 
     def _batches(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         count = min(len(self.images), len(self) * self.batch_size)
-        order = None
+        order = torch.arange(count, device=self.device)
         if self.shuffle:
             order = torch.randperm(len(self.images), device=self.device, generator=generator)
         draws = self._draw(count, generator)
         if self.ranks > 1:
             part = self._part(count)
-            order = part if order is None else order[part]
-            draws = [draw[part] for draw in draws]
+            order, draws = order[part], [draw[part] for draw in draws]
             count = len(part)
-            if not count:  # the last of more processes than images
-                return
+        host_order = order if self.resident else order.cpu()
         size, together = self.batch_size // self.ranks, self._together()
-        chunks = [slice(i, min(i + together, count)) for i in range(0, count, together)]
-        fetch = self._fetch if self.resident else self._prefetch
-        for chosen, images in zip(chunks, fetch(chunks, order), strict=True):
-            labels = self.labels[chosen] if order is None else self.labels[order[chosen]]
+        for start in range(0, count, together):
+            chosen = slice(start, min(start + together, count))
+            images = self._fetch(host_order[chosen])
             images = self._apply(images, [draw[chosen] for draw in draws])
-            for start in range(0, len(images), size):
-                batch = slice(start, start + size)
-                yield self._to_float(images[batch]), labels[batch]
+            labels = self.labels[order[chosen]]
+            for batch, its_labels in zip(images.split(size), labels.split(size), strict=True):
+                yield batch.float().div_(255), its_labels
 
     def _part(self, count: int) -> Tensor:
         """Which of an epoch's `count` images are this process's, int64, in order.
@@ -227,51 +201,17 @@ class BatchLoader:
         last = places[full:].tensor_split(self.ranks)[self.rank]
         return torch.cat([batches[:, self.rank].flatten(), last])
 
-    def _fetch(self, chunks: list[slice], order: Tensor | None) -> Iterator[Tensor]:
-        """The images of each chunk of an epoch, from the device."""
-        for chosen in chunks:
-            if order is None:
-                yield self.images[chosen]
-            else:
-                yield self.images.index_select(0, order[chosen])
+    def _fetch(self, rows: Tensor) -> Tensor:
+        """The images at `rows`, int64 where the images lie, on the device.
 
-    def _prefetch(self, chunks: list[slice], order: Tensor | None) -> Iterator[Tensor]:
-        """The images of each chunk of an epoch, from host memory.
-
-        While a chunk is in use, the next is gathered into one of two pinned buffers and copied to
-        the device on a stream of its own.
+        From pinned memory they are copied while the device is still busy with earlier batches.
         """
-        on_gpu = self.device.type == "cuda"
-        stream = torch.cuda.Stream(self.device) if on_gpu else None
-        order = None if order is None else order.cpu()
-        shape = (chunks[0].stop, *self.images.shape[1:])
-        buffers = [torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
-        copied: list[torch.cuda.Event | None] = [None, None]  # the last copy out of each buffer
-
-        def send(k: int) -> Tensor:
-            chosen, side = chunks[k], k % 2
-            buffer = buffers[side][: chosen.stop - chosen.start]
-            if copied[side] is not None:
-                copied[side].synchronize()
-            if order is None:
-                buffer.copy_(self.images[chosen])
-            else:
-                torch.index_select(self.images, 0, order[chosen], out=buffer)
-            with torch.cuda.stream(stream):  # without a GPU it is None, and this does nothing
-                images = buffer.to(self.device, non_blocking=True)
-                copied[side] = stream.record_event() if on_gpu else None
-            return images
-
-        ahead = send(0)
-        for k in range(len(chunks)):
-            images, arrived = ahead, copied[k % 2]
-            if k + 1 < len(chunks):
-                ahead = send(k + 1)
-            if on_gpu:
-                user = torch.cuda.current_stream(self.device)
-                user.wait_event(arrived)
-                images.record_stream(user)  # its memory is this stream's until the user is done
-            yield images
+        if self.resident or self.device.type == "cpu":
+            return self.images.index_select(0, rows)
+        shape = (len(rows), *self.images.shape[1:])
+        pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        torch.index_select(self.images, 0, rows, out=pinned)
+        return pinned.to(self.device, non_blocking=True)
 
     def _together(self) -> int:
         """Images augmented at once: on a CPU one batch, which stays in the caches."""
@@ -282,10 +222,11 @@ class BatchLoader:
         """Augmentation parameters, each (count,), of the whole epoch in a few kernels."""
         if self.augment is None:
             return []
-        flips = draw_flips(count, self.device, generator)
+        on = {"device": self.device, "generator": generator}
+        flips = torch.rand(count, **on) < 0.5
         if self.augment == "crop_flip":
-            return [*draw_offsets(count, self._padding(), self.device, generator), flips]
-        return [draw_angles(count, MAX_ANGLE, self.device, generator), flips]
+            return [*torch.randint(2 * self._padding() + 1, (2, count), **on), flips]
+        return [(torch.rand(count, **on) * 2 - 1) * MAX_ANGLE, flips]
 
     def _apply(self, images: Tensor, draws: list[Tensor]) -> Tensor:
         if self.augment == "crop_flip":
@@ -300,5 +241,18 @@ class BatchLoader:
         """CROP_PADDING at 32 pixels, in proportion at other sizes."""
         return max(1, round(CROP_PADDING * self.images.shape[-1] / 32))
 
-    def _to_float(self, images: Tensor) -> Tensor:
-        return images.to(torch.float32).div_(255)
+
+def evaluation_batches(
+    images: ImageSet, device: str | torch.device, batch_size: int | None = None
+) -> BatchLoader:
+    """`images` as they are and in order, in batches of a size that suits `device`.
+
+    Of several processes that train together each gets its part of every batch.
+    """
+    device = torch.device(device)
+    if batch_size is None and device.type == "cuda":
+        height, width = images.images.shape[-2:]
+        batch_size = max(1, _EVALUATED_AT_ONCE["cuda"] * 32 * 32 // (height * width))
+    rank, ranks = distributed.rank(), distributed.ranks()
+    whole = (batch_size or _EVALUATED_AT_ONCE["cpu"]) * ranks
+    return BatchLoader(images, whole, device=device, rank=rank, ranks=ranks)

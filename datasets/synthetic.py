@@ -12,16 +12,15 @@ The split `pretrain` plays ImageNet's part: 20 other classes.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.images import ImageSet
-from utils.errors import InputError, suggest
+from datasets.images import ImageSet, check_split, split_rows
+from utils.errors import InputError
 
 SEED = 2302
 SIZES = {"all": 10_000, "test": 2_000, "pretrain": 10_000}
@@ -83,58 +82,36 @@ PRETRAIN_CLASSES = {
 }
 
 
-def load(
-    split: str = "train", image_size: int | None = None, sizes: Mapping[str, int] | None = None
-) -> ImageSet:
+def load(split: str = "train", image_size: int | None = None) -> ImageSet:
     """Make one split; the same images for the same arguments, bit for bit.
 
     split: train | val | test | all (train, then val) | pretrain. image_size: side in pixels,
-    default 32; the scene is the same at any size, but for the noise in it.
-    sizes: numbers of images for "all", "test", "pretrain" instead of SIZES; a smaller set is the
-    beginning of a larger one. Classes are balanced in every run of 10 (pretrain: 20) rows.
+    default 32; the scene is the same at any size, but for the noise in it. Classes are balanced in
+    every run of 10 (pretrain: 20) rows, and a smaller set would be the beginning of a larger one.
     Returns an ImageSet, images uint8 (N, 3, image_size, image_size).
-    Raises InputError for an unknown split or set, or a size out of range.
+    Raises InputError for an unknown split and a size out of range.
     """
-    if split not in SPLITS:
-        raise InputError(
-            f"synthetic has no split {split!r}: one of {', '.join(SPLITS)}{suggest(split, SPLITS)}"
-        )
+    check_split(split, SPLITS)
     side = 32 if image_size is None else image_size
     if not 16 <= side <= 256:
         raise InputError(f"synthetic images are 16 to 256 pixels wide, not --image_size {side}")
-    sizes = SIZES | dict(sizes or {})
-    for name, size in sizes.items():
-        if name not in SIZES or size < 1:
-            raise InputError(
-                f"sizes[{name!r}] = {size}: wants {', '.join(SIZES)} and 1 image or more"
-            )
-
     stream = split if split in SIZES else "all"
-    first, last = 0, sizes[stream]
-    cut = last - round(last * VAL_FRACTION)
-    if split == "train":
-        last = cut
-    elif split == "val":
-        first = cut
+    total = SIZES[stream]
+    validation = torch.arange(total - round(total * VAL_FRACTION), total)
+    rows = split_rows(total, validation, "all" if split == "pretrain" else split)
+    first, last = int(rows[0]), int(rows[-1])
     kinds = PRETRAIN_CLASSES if split == "pretrain" else CLASSES
-    parts = []
-    with _one_thread():
-        for block in range(first // BLOCK, -(-last // BLOCK)):
-            rows = slice(max(first - block * BLOCK, 0), last - block * BLOCK)
-            parts.append([part[rows] for part in _draw_block(stream, block, side, kinds)])
-    images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    return ImageSet(images, labels, list(kinds), "synthetic")
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """How torch shares its work among threads shows in the last bits of float results."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # how work is shared out shows in the last bits of float results
     try:
-        yield
+        blocks = range(first // BLOCK, last // BLOCK + 1)
+        drawn = [_draw_block(stream, block, side, kinds) for block in blocks]
     finally:
         torch.set_num_threads(threads)
+    wanted = slice(first - blocks.start * BLOCK, last + 1 - blocks.start * BLOCK)
+    images, labels = (torch.cat(parts)[wanted] for parts in zip(*drawn, strict=True))
+    source = "made from a seed (datasets/synthetic.py)"
+    return ImageSet(images, labels, list(kinds), "synthetic", rows, total, source=source)
 
 
 def _draw_block(

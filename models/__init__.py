@@ -12,7 +12,6 @@ from torch import nn
 
 from models.resnet import RESNETS, ResNet
 from models.vgg import VGG, VGGS
-from utils.errors import InputError, suggest
 
 ARCHS = (*VGGS, *RESNETS)
 
@@ -27,15 +26,13 @@ def build_model(
 
     `mean` and `std` (per channel, in [0, 1] units) become the buffers `normalize.mean` and
     `normalize.std`. State-dict keys are torchvision's; VGG's head is one linear `classifier`.
-    Raises InputError for an unknown architecture.
+    Raises ValueError for an unknown architecture.
     """
     if arch in VGGS:
         return VGG(arch, num_classes, mean, std)
     if arch in RESNETS:
         return ResNet(arch, num_classes, mean, std)
-    raise InputError(
-        f"--arch {arch}: unknown architecture{suggest(arch, ARCHS)}; known: {', '.join(ARCHS)}"
-    )
+    raise ValueError(f"--arch {arch}: unknown architecture; known: {', '.join(ARCHS)}")
 
 
 def head_prefix(arch: str) -> str:

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 import torch
 
 from models import ARCHS, build_model, head_prefix
-from utils.errors import InputError
 
 LAYERS = ("shallowest", "deepest", "random")  # which ones a signature keeps
 
@@ -31,7 +30,7 @@ def _parameter_keys(arch: str) -> tuple[str, ...]:
 def depth_order(arch: str) -> tuple[tuple[str, ...], ...]:
     """State-dict keys of `arch` grouped into layers, shallowest first, head and buffers left out.
 
-    Raises InputError for an unknown architecture.
+    Raises ValueError for an unknown architecture.
     """
     layers: dict[str, list[str]] = {}
     for key in _parameter_keys(arch):
@@ -49,11 +48,11 @@ def layer_keys(arch: str, keep_num: int, layers: str = "shallowest", seed: int =
 
     Batch-norm affine parameters and downsample branches of those layers are included.
     layers: "shallowest", or for ablations "deepest" or "random" (drawn from `seed`).
-    Raises InputError when `keep_num` is not in 1 … number of layers.
+    Raises ValueError when `keep_num` is not in 1 … number of layers.
     """
     order = depth_order(arch)
     if not 1 <= keep_num <= len(order):
-        raise InputError(
+        raise ValueError(
             f"--keep_num {keep_num}: {arch} has {len(order)} layers, so 1 to {len(order)}"
         )
     chosen = {

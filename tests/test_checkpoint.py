@@ -1,5 +1,7 @@
 """Checkpoints: every published form loads, anything else is refused with a reason."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -24,22 +26,20 @@ def load_back(path, arch="vgg11", classes=10):
     return model
 
 
-@pytest.mark.parametrize("form", ["authors", "no normalize", "plain", "module.", "half", "1311"])
+FORMS = {  # the state dict of a model, as files have it
+    "authors": lambda s: {"state_dict": s, "best_sa": np.float64(79.2), "epoch": 3},
+    "no normalize": lambda s: {"state_dict": {k: v for k, v in s.items() if "normalize" not in k}},
+    "plain": lambda s: s,
+    "module.": lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
+    "half": lambda s: {"state_dict": {k: v.half() for k, v in s.items()}},
+    "1311": lambda s: {k: v.view(1, 3, 1, 1) if "normalize" in k else v for k, v in s.items()},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_published_forms_load(vgg, tmp_path, form):
     state = dict(vgg.state_dict())
-    content = {"state_dict": state, "best_sa": np.float64(79.2), "epoch": 3}
-    if form == "no normalize":
-        content["state_dict"] = {k: v for k, v in state.items() if "normalize" not in k}
-    elif form == "plain":
-        content = state
-    elif form == "module.":
-        content["state_dict"] = {f"module.{k}": v for k, v in state.items()}
-    elif form == "half":
-        content["state_dict"] = {k: v.half() for k, v in state.items()}
-    elif form == "1311":
-        for key in ("normalize.mean", "normalize.std"):
-            content["state_dict"] = {**content["state_dict"], key: state[key].view(1, 3, 1, 1)}
-    torch.save(content, tmp_path / "m.pth")
+    torch.save(FORMS[form](state), tmp_path / "m.pth")
     loaded = load_back(tmp_path / "m.pth").state_dict()
     for key, tensor in state.items():
         expected = tensor.half().float() if form == "half" else tensor
@@ -79,24 +79,36 @@ def test_pretrained_linear_head_of_the_same_size_is_taken(vgg):
     assert model.normalize.mean.tolist() == [0, 0, 0]  # the data set's, not the file's
 
 
-def test_mismatches_are_named(vgg, tmp_path):
-    path = tmp_path / "m.pth"
-    state = dict(vgg.state_dict())
+@pytest.mark.parametrize(
+    ("change", "options", "said"),
+    [
+        ({"extra.weight": torch.zeros(1)}, {}, r"not hold a vgg11: unexpected extra\.weight$"),
+        ({"features.3.bias": None}, {}, r"not hold a vgg11: missing features\.3\.bias$"),
+        ({"features.3.bias": None, "x": torch.zeros(1)}, {}, r"missing feat.*; unexpected x$"),
+        ({}, {"classes": 100}, "another data set"),
+        ({}, {"arch": "resnet18"}, r"does not hold a resnet18: missing .* and \d+ more"),
+        ({"features.0.bias": torch.zeros(3)}, {}, r"features\.0\.bias is \(3,\), vgg11 .*\(64,\)"),
+        ({"features.0.bias": torch.full((64,), torch.nan)}, {}, r"NaN or Inf in features\.0\.bias"),
+        ({7: torch.zeros(1)}, {}, "unexpected 7"),
+    ],
+)
+def test_mismatches_are_named(vgg, tmp_path, change, options, said):
+    state = {**vgg.state_dict(), **change}
+    torch.save({k: v for k, v in state.items() if v is not None}, tmp_path / "m.pth")
+    with pytest.raises(InputError, match=rf"m\.pth.*{said}"):
+        load_back(tmp_path / "m.pth", **options)
 
-    torch.save({**state, "extra.weight": torch.zeros(1)}, path)
-    with pytest.raises(InputError, match=r"unexpected extra\.weight"):
-        load_back(path)
-    torch.save({k: v for k, v in state.items() if k != "features.3.bias"}, path)
-    with pytest.raises(InputError, match=r"missing features\.3\.bias"):
-        load_back(path)
-    torch.save(state, path)
-    with pytest.raises(InputError, match="another data set"):
-        load_back(path, classes=100)
-    with pytest.raises(InputError, match="does not hold a resnet18"):
-        load_back(path, arch="resnet18")
-    torch.save({**state, "features.0.bias": torch.full((64,), float("nan"))}, path)
-    with pytest.raises(InputError, match=r"NaN or Inf in features\.0\.bias"):
-        load_back(path)
+
+def test_pretrained_weights_of_another_kind_are_refused(vgg):
+    state = dict(vgg.state_dict())
+    model = build_model("vgg11", 10)
+    for wrong, said in (
+        ({**state, "x": torch.zeros(1)}, "unexpected x"),
+        ({**state, "features.0.bias": torch.zeros(3)}, r"features\.0\.bias is \(3,\)"),
+        ({k: v for k, v in state.items() if k != "features.0.bias"}, r"missing features\.0\.bias"),
+    ):
+        with pytest.raises(InputError, match=said):
+            ckpt.load_pretrained(model, "vgg11", wrong, "x")
 
 
 def test_unreadable_files_are_refused(tmp_path):
@@ -109,36 +121,32 @@ def test_unreadable_files_are_refused(tmp_path):
         ckpt.read(tmp_path / "absent.pth")
     with pytest.raises(InputError, match="folder"):
         ckpt.read(tmp_path)
-    torch.save([1, 2], path)
-    with pytest.raises(InputError, match="dict"):
-        ckpt.read(path)
-    torch.save({"epoch": 1}, path)
-    with pytest.raises(InputError, match="no tensors"):
-        ckpt.read_state_dict(path)
+    for content, said in (
+        ([1, 2], "holds a dict, this is a list"),
+        ({"epoch": 1}, "no tensors"),
+        ({"state_dict": 5}, "no state dict"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(InputError, match=said):
+            ckpt.read_state_dict(path)
 
 
-class Payload:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return (open, (str(self.target), "w"))
-
-
-def test_code_in_a_checkpoint_does_not_run(tmp_path):
-    torch.save({"state_dict": Payload(tmp_path / "ran")}, tmp_path / "m.pth")
-    with pytest.raises(InputError, match="not opened"):
-        ckpt.read(tmp_path / "m.pth")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_hash_names_the_backbone(vgg):
-    state = dict(vgg.state_dict())
-    base = ckpt.backbone_hash(state)
-    other_head = {k: v + 1 if "classifier" in k else v for k, v in state.items()}
-    assert ckpt.backbone_hash(other_head) == base
-    moved = {k: v + 1e-3 if k == "features.0.bias" else v for k, v in state.items()}
-    assert ckpt.backbone_hash(moved) != base
+def test_hash_names_the_backbone():
+    """As in the files and folders of before: SHA-256 over names and float32 bits, in order."""
+    torch.manual_seed(0)
+    state = dict(build_model("resnet18", 10, MEAN, STD).state_dict())
+    for version in (state, {k: v.half() for k, v in state.items()}):
+        digest = hashlib.sha256()
+        for key in sorted(version):
+            if key.split(".")[0] not in ("fc", "normalize") and "tracked" not in key:
+                digest.update(key.encode() + version[key].float().numpy().tobytes())
+        assert ckpt.backbone_hash(version) == digest.hexdigest()[:16]
+        shuffled = dict(reversed(version.items()))
+        other = {k: v + 1 if k.startswith("fc.") else v for k, v in shuffled.items()}
+        assert ckpt.backbone_hash(other) == digest.hexdigest()[:16]
+        moved = {**version, "bn1.bias": version["bn1.bias"] + 1e-3}
+        assert ckpt.backbone_hash(moved) != digest.hexdigest()[:16]
+    assert ckpt.tensors_hash({"b": torch.ones(2), "a": torch.tensor(1)}) == "429720003bb4ba4f"
 
 
 def test_save_is_atomic(vgg, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from models import build_model
 from tests.folders import write_folders
 from utils.errors import InputError
 from utils.signature import RobustWeightSignature
+from utils.sources import find_robust
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--epochs", "1", "--batch_size", "16", "--device", "cpu", "--no-amp"]
@@ -115,8 +116,8 @@ def test_resampled_corruption_differs_between_epochs(cifar, tmp_path):
         ]
     )
     device = torch.device("cpu")
-    sets = train_corruption.load_data(args, device)
-    images = train_corruption.redraw(args, sets["clean train"], device)
+    _, clean, *_ = train_corruption.load_data(args, device)
+    images = train_corruption.redraw(args, clean, device)
     assert not torch.equal(images(0), images(1)) and torch.equal(images(1), images(1))
 
 
@@ -298,9 +299,9 @@ def test_robust_folder_is_found_by_exact_name_first(models, tmp_path):
     for name in ("gaussian_noise_and_blur", "gaussian_noise", "vgg_fog_sev5"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model_RA_best.pth.tar").write_bytes(b"x")
-    found = model_patching.find_robust(tmp_path, "gaussian_noise")
+    found = find_robust(tmp_path, "gaussian_noise")
     assert found.parent.name == "gaussian_noise"
-    assert model_patching.find_robust(tmp_path, "fog").parent.name == "vgg_fog_sev5"
+    assert find_robust(tmp_path, "fog").parent.name == "vgg_fog_sev5"
 
 
 # ---- what a user can get wrong --------------------------------------------------------------

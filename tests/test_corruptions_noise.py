@@ -1,4 +1,4 @@
-"""The noise corruptions against one-image references and the distributions they stand for."""
+"""The noise corruptions against the distributions they stand for."""
 
 import numpy as np
 import pytest
@@ -7,29 +7,10 @@ from scipy import stats
 
 from datasets.corruptions import noise
 from datasets.corruptions.draws import Draws
-from tests.reference import Recorder
-from tests.reference import noise as reference
-
-SIZES = (32, 64)
-SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def grey(value, n=64, size=32):
     return torch.full((n, 3, size, size), value, dtype=torch.uint8)
-
-
-@pytest.mark.parametrize("severity", SEVERITIES)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", ["gaussian_noise", "impulse_noise", "speckle_noise"])
-def test_matches_reference_with_the_same_draws(name, size, severity):
-    images = torch.randint(256, (3, 3, size, size), dtype=torch.uint8)
-    c = getattr(noise, name.upper())[size][severity - 1]
-    draws = Recorder(Draws(3, "cpu", seed=severity))
-    ours = getattr(noise, name)(images, c, draws).permute(0, 2, 3, 1).numpy().astype(int)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        theirs = getattr(reference, name)(image, c, draws.image(i))
-        assert np.abs(ours[i] - theirs).max() <= 1
-        assert (ours[i] != theirs).mean() < 0.005
 
 
 @pytest.mark.parametrize("c", [500, 100, 50, 15])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -12,7 +13,10 @@ import pytest
 import torch
 
 import train_corruption
+from datasets.images import ImageSet
+from datasets.loader import BatchLoader
 from tests.folders import write_folders
+from utils import checkpoint as ckpt
 from utils import distributed
 from utils.errors import InputError
 
@@ -31,38 +35,28 @@ def test_two_processes_train_the_model_of_one(images, tmp_path):
     """From the same checkpoint: same losses, accuracies and weights, up to float32's rounding."""
     argv = ["--dataset", "folder", "--data", str(images), "--image_size", "32", "--arch", "vgg11"]
     argv += ["--device", "cpu", "--no-amp", "--batch_size", "16", "--lr", "0.02"]
-    argv += ["--decreasing_lr", "2"]
+    argv += ["--decreasing_lr", "2", "--resume", "--save_dir"]
 
     def train(folder: str, epochs: int) -> dict:
-        more = ["--resume", "--save_dir", str(tmp_path / folder), "--epochs", str(epochs)]
+        more = [str(tmp_path / folder), "--epochs", str(epochs)]
         return train_corruption.train(train_corruption.parse_args([*argv, *more]))
 
     train("one", 1)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     expected = train("one", 3)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [ROOT / "train_corruption.py", *argv, "--epochs", "3", "--resume"]
-    run = subprocess.run(
-        [*command, "--save_dir", tmp_path / "two"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    command += [ROOT / "train_corruption.py", *argv, tmp_path / "two", "--epochs", "3"]
+    how = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "timeout": 300}
+    run = subprocess.run(command, capture_output=True, text=True, **how)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("epoch 3/3") == 1 and "2 processes" in run.stdout
-    one, two = (
-        torch.load(tmp_path / folder / "checkpoint.pth.tar", weights_only=True)
-        for folder in ("one", "two")
-    )
+    one, two = (ckpt.read(tmp_path / folder / ckpt.LAST) for folder in ("one", "two"))
     assert len(two["history"]) == 3
     for mine, theirs in zip(one["history"], two["history"], strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert mine["train"] == pytest.approx(theirs["train"])
-        assert mine["val_clean"] == pytest.approx(theirs["val_clean"])
-    for key, tensor in one["state_dict"].items():
-        torch.testing.assert_close(two["state_dict"][key], tensor, rtol=1e-3, atol=1e-4)
+        for accuracy in ("train", "val_clean"):
+            assert mine[accuracy] == pytest.approx(theirs[accuracy])
+    torch.testing.assert_close(two["state_dict"], one["state_dict"], rtol=1e-3, atol=1e-4)
     assert f"{expected['TA']:.1f} |" in run.stdout
 
 
@@ -92,15 +86,14 @@ def test_each_process_needs_a_gpu_of_its_own(device, gpus, said, monkeypatch):
 @pytest.mark.parametrize(
     ("batch_size", "ranks", "fits"), [(8, 2, True), (6, 3, True), (8, 4, False), (2, 2, False)]
 )
-def test_batch_norm_needs_two_images_in_each_process(batch_size, ranks, fits, monkeypatch):
+def test_batch_norm_needs_two_images_in_each_process(batch_size, ranks, fits):
     pixels = torch.zeros(20, 3, 32, 32, dtype=torch.uint8)
-    data = train_corruption.ImageSet(pixels, torch.zeros(20).long(), ["a"], "synthetic")
+    images = ImageSet(pixels, torch.zeros(20).long(), ["a"], "synthetic")
     argv = ["--arch", "resnet18", "--batch_size", str(batch_size), "--save_dir", "x"]
     args = train_corruption.parse_args(argv)
-    monkeypatch.setattr(distributed, "ranks", lambda: ranks)
-    train_corruption.check_images(args, data, torch.device("cuda"))
-    if fits:
-        train_corruption.check_images(args, data, torch.device("cpu"))
-    else:
-        with pytest.raises(InputError, match=f"at least 2 images per step in each of {ranks}"):
-            train_corruption.check_images(args, data, torch.device("cpu"))
+    loader = BatchLoader(images, batch_size, shuffle=True, ranks=ranks)
+    said = f"at least 2 images per step in each of {ranks}"
+    with contextlib.nullcontext() if fits else pytest.raises(InputError, match=said):
+        train_corruption.check_images(args, loader)
+    loader.device = torch.device("cuda")
+    train_corruption.check_images(args, loader)

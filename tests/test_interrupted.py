@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import threading
@@ -13,26 +14,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
 import datasets
 import make_corruptions
-import model_patching
 import train_corruption
 from datasets import cache
-from models import build_model
 from models.normalize import Normalize
 from tests.folders import write_folders
 from tests.forkserver import Server
-from utils import atomic, report
 from utils import checkpoint as ckpt
+from utils import log, report, signature_file
 from utils.errors import InputError, script_errors
-from utils.lock import hold
-from utils.signature import RobustWeightSignature
-
-FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+from utils.files import replacing
+from utils.signature import Method, RobustWeightSignature
 
 # ---- what runs in processes of its own ------------------------------------------------------
 
@@ -65,19 +62,14 @@ def train(argv, pause=0.0):
     train_corruption.main(argv)
 
 
-def train_one_after_the_other(*runs):
-    for argv in runs:
-        train(argv)
-
-
 def train_and_stop_in_the_second_write(argv, marker):
     """Wait for ever in the middle of writing the checkpoint of the second epoch."""
     write = Path.write_bytes
 
     def stopping(path, data):
-        if path.name.startswith(f".{ckpt.LAST}.") and (path.parent / ckpt.LAST).exists():
+        if path.name == f".{ckpt.LAST}.tmp.tar" and (path.parent / ckpt.LAST).exists():
             write(path, data[: len(data) // 2])
-            Path(marker).touch()
+            marker.touch()
             time.sleep(600)
         return write(path, data)
 
@@ -91,7 +83,7 @@ def load(root, marker=None):
 
     def slowly(*arguments):
         if marker and threading.current_thread() is not threading.main_thread():
-            Path(marker).touch()
+            marker.touch()
             time.sleep(0.5)
         return read(*arguments)
 
@@ -100,10 +92,10 @@ def load(root, marker=None):
         datasets.load("folder", root, "all")
 
 
-def add_to_log(path, times):
+def add_to_log(path, times, value=1.0):
     for _ in range(times):
-        row = {"TA": 1.0, "RA": {"fog": 2.0}}
-        model_patching.update_log(Path(path), row, row)
+        row = {"TA": value, "RA": {"fog": value}}
+        log.update(path, row, row)
 
 
 def corrupt(argv):
@@ -167,6 +159,13 @@ def outcome(folder):
 # ---- one run, interrupted -------------------------------------------------------------------
 
 
+def stopped(server, argv, tmp_path):
+    """A run that has written its first epoch, and half the checkpoint of its second."""
+    job = server.start("train_and_stop_in_the_second_write", argv, tmp_path / "marker")
+    job.wait_for(tmp_path / "marker")
+    return job
+
+
 def test_killed_at_twenty_moments_a_run_ends_in_the_same_bits(server, data, tmp_path):
     more = ("--corruption", "gaussian_noise", "fog", "--resample_corruption", "--resume")
 
@@ -178,13 +177,12 @@ def test_killed_at_twenty_moments_a_run_ends_in_the_same_bits(server, data, tmp_
     assert start("whole").wait() == 0
     length = time.monotonic() - began
     expected = outcome(tmp_path / "whole")
-    assert expected[0][ckpt.LAST]
 
     moments, kills, runs = random.Random(0), 0, 0
     while kills < 20:
         job = start(f"killed{runs}")
         time.sleep(moments.uniform(0.1, 0.6) * length)
-        os.kill(job.pid, signal.SIGKILL)
+        job.kill()
         killed = job.wait() == -signal.SIGKILL
         check_whole(tmp_path / f"killed{runs}")
         kills += killed
@@ -197,15 +195,6 @@ def test_killed_at_twenty_moments_a_run_ends_in_the_same_bits(server, data, tmp_
     assert outcome(tmp_path / f"killed{runs}") == expected
 
 
-def test_same_seed_same_bits(server, data, tmp_path):
-    for name in "ab":
-        assert (
-            server.start("train", flags(data, tmp_path / name, 2, "--corruption", "fog")).wait()
-            == 0
-        )
-    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
-
-
 @pytest.mark.parametrize(
     ("number", "status", "said"),
     [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
@@ -213,11 +202,8 @@ def test_same_seed_same_bits(server, data, tmp_path):
 def test_a_signal_in_mid_write_removes_the_temporary_file(
     server, data, tmp_path, number, status, said
 ):
-    marker, folder = tmp_path / "marker", tmp_path / "run"
-    job = server.start("train_and_stop_in_the_second_write", flags(data, folder, 3), str(marker))
-    while not marker.exists():
-        assert job.status() is None, job.printed
-        time.sleep(0.01)
+    folder = tmp_path / "run"
+    job = stopped(server, flags(data, folder, 3), tmp_path)
     assert hidden(folder)
     os.kill(job.pid, number)
     assert job.wait() == status
@@ -232,116 +218,64 @@ def test_sigterm_ends_a_run_whose_threads_are_at_work(server, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "train" / "a" / "0.png")
     for i in range(1, 500):
         os.link(tmp_path / "train" / "a" / "0.png", tmp_path / "train" / "a" / f"{i}.png")
-    marker = tmp_path / "marker"
-    job = server.start("load", str(tmp_path), str(marker))
-    while not marker.exists():
-        assert job.status() is None, job.printed
-        time.sleep(0.01)
+    job = server.start("load", str(tmp_path), tmp_path / "marker")
+    job.wait_for(tmp_path / "marker")
     os.kill(job.pid, signal.SIGTERM)
     assert job.wait() == 143
-    assert job.printed == "terminated\n" and not list((tmp_path / ".rws_cache").iterdir())
+    assert job.printed == "terminated\n" and not list(tmp_path.glob(".rws_cache/*"))
 
 
 def test_a_run_begun_anew_never_mixes_with_the_one_before(server, data, tmp_path):
-    marker, folder = tmp_path / "marker", tmp_path / "run"
+    folder = tmp_path / "run"
     assert server.start("train", flags(data, folder, 2, "--corruption", "fog")).wait() == 0
-    again = flags(data, folder, 3, "--seed", 1)
-    job = server.start("train_and_stop_in_the_second_write", again, str(marker))
-    while not marker.exists():
-        assert job.status() is None, job.printed
-        time.sleep(0.01)
-    os.kill(job.pid, signal.SIGKILL)
+    job = stopped(server, flags(data, folder, 3, "--seed", 1), tmp_path)
+    job.kill()
     job.wait()
     left = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     assert {ckpt.LAST, ckpt.BEST_SA} == left  # nor results.json, which would say "finished"
     assert {ckpt.read(folder / name)["seed"] for name in left} == {1}
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_epoch(
-    data, tmp_path, monkeypatch
-):
-    class Breaking(Small):
-        steps = 0
+def test_a_loss_that_is_no_number_ends_the_run_and_changes_nothing(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_corruption, "build_model", Small)
 
-        def forward(self, images):
-            logits = super().forward(images)
-            Breaking.steps += self.training
-            return logits if Breaking.steps < 6 else logits * float("nan")  # 4 steps an epoch
+    def run(epochs):
+        argv = flags(data, tmp_path, epochs, "--resume", "--decreasing_lr", "9")
+        train_corruption.train(train_corruption.parse_args(argv))
 
-    monkeypatch.setattr(train_corruption, "build_model", Breaking)
-    args = train_corruption.parse_args(flags(data, tmp_path / "run", 3))
-    with pytest.raises(InputError, match=r"loss is nan at step \d+ of epoch 2/3 with --lr 0\.001"):
-        train_corruption.train(args)
-    assert ckpt.read(tmp_path / "run" / ckpt.LAST)["epoch"] == 1
-    check_whole(tmp_path / "run")
-    assert not hidden(tmp_path / "run") and not (tmp_path / "run" / "results.json").exists()
-
-
-def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
-    path = tmp_path / "a.tar"
-    old, alive = tmp_path / ".a.tar.abcdefgh.tmp.tar", tmp_path / ".b.tar.abcdefgh.tmp.tar"
-    old.touch()
-    alive.touch()
-    with atomic.replacing(path) as temporary:
-        assert not old.exists() and alive.exists()  # another file's is not ours to delete
-        atomic.write_text(path, "a second writer")
-        assert temporary.exists()  # nor one that is being written
-        temporary.write_text("the first")
-    assert path.read_text() == "the first"
-    assert sorted(os.listdir(tmp_path)) == [alive.name, path.name]
+    run(1)  # the folder is free again, also for this process
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    cross_entropy = F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda *args: cross_entropy(*args) * float("nan"))
+    with pytest.raises(InputError, match=r"loss is nan at step 4 of epoch 2/3 with --lr 0\.01"):
+        run(3)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
 # ---- two processes --------------------------------------------------------------------------
 
 
 def test_a_second_trainer_is_refused_while_the_first_lives(server, data, tmp_path):
-    marker, folder = tmp_path / "marker", tmp_path / "run"
-    first = server.start("train_and_stop_in_the_second_write", flags(data, folder, 3), str(marker))
-    while not marker.exists():
-        assert first.status() is None, first.printed
-        time.sleep(0.01)
+    folder = tmp_path / "run"
+    first = stopped(server, flags(data, folder, 3), tmp_path)
     before = sorted(os.listdir(folder))
     second = server.start("train", flags(data, folder, 3, "--resume"))
     assert second.wait() == 2
     (line,) = [line for line in second.printed.splitlines() if "error: " in line]
     assert line.startswith(f"error: --save_dir {folder}") and f"process {first.pid}" in line
     assert sorted(os.listdir(folder)) == before
-    os.kill(first.pid, signal.SIGKILL)
+    first.kill()
     assert first.wait() == -signal.SIGKILL
     third = server.start("train", flags(data, folder, 3, "--resume"))
     assert third.wait() == 0, third.printed
     assert not hidden(folder)
 
 
-def test_one_process_may_train_in_a_folder_again_and_again(server, data, tmp_path):
-    again = [flags(data, tmp_path / name, 1) for name in ("a", "b", "a")]
-    job = server.start("train_one_after_the_other", *again)
-    assert job.wait() == 0, job.printed
-
-
 def test_writers_of_one_log_lose_nothing(server, tmp_path):
-    log = tmp_path / "log.pt"
-    jobs = [server.start("add_to_log", str(log), 8) for _ in range(3)]
+    jobs = [server.start("add_to_log", tmp_path / "log.pt", 8) for _ in range(3)]
     assert [job.wait() for job in jobs] == [0] * 3
-    assert len(model_patching.read_log(log)["std"]["clean"]) == 24
+    assert len(log.read(tmp_path / "log.pt")["std"]["clean"]) == 24
     assert os.listdir(tmp_path) == ["log.pt"]
-
-
-def test_a_lock_goes_with_its_holder(tmp_path):
-    path = tmp_path / "new" / "lock"
-    with hold(path):
-        with (
-            pytest.raises(InputError, match=rf"busy: process {os.getpid()} on"),
-            hold(path, "busy"),
-        ):
-            pass
-        assert path.exists()
-    assert not path.parent.exists()  # made for it, and empty
-    path.parent.mkdir()
-    path.write_text("process 1 on a machine that lost power")
-    with hold(path, "busy"):
-        (path.parent / "kept").touch()
-    assert os.listdir(path.parent) == ["kept"]
 
 
 def test_two_processes_make_one_cache(server, data, tmp_path):
@@ -349,8 +283,7 @@ def test_two_processes_make_one_cache(server, data, tmp_path):
     jobs = [server.start("load", str(tmp_path)) for _ in range(3)]
     assert [job.wait() for job in jobs] == [0] * 3, jobs[0].printed
     (made,) = (tmp_path / ".rws_cache").iterdir()
-    rows = torch.arange(32)
-    found = cache._from_cache(made, 32, rows)
+    found = cache._from_cache(made, 32, torch.arange(32))
     assert torch.equal(found, datasets.load("folder", data, "all").images)
 
 
@@ -365,59 +298,52 @@ def test_two_processes_corrupt_into_one_folder(server, data, tmp_path, layout):
         assert server.start("corrupt", argv(f"alone{seed}", seed)).wait() == 0
     jobs = [server.start("corrupt", argv("both", seed)) for seed in (0, 1, 0, 1)]
     assert [job.wait() for job in jobs] == [0] * 4, [job.printed for job in jobs]
-    left = [path for path in (tmp_path / "both").rglob("*") if path.suffix in (".lock", ".tmp")]
-    assert not left
-    records = list((tmp_path / "both" / ".made").rglob("*.json"))
-    assert len(records) == 6
-    for record in records:
-        seed = json.loads(record.read_text())["settings"]["seed"]
-        place = record.relative_to(tmp_path / "both" / ".made").with_suffix("")
-        for path in (tmp_path / "both" / place, *(tmp_path / "both" / place).rglob("*.JPEG")):
-            same = tmp_path / f"alone{seed}" / path.relative_to(tmp_path / "both")
+    both = tmp_path / "both"
+    assert not [path for path in both.rglob("*") if path.suffix in (".lock", ".tmp")]
+    made = json.loads((both / ".made.json").read_text())
+    assert len(made) == 6
+    for place, settings in made.items():
+        for path in (both / place, *(both / place).rglob("*.JPEG")):
+            same = tmp_path / f"alone{settings['seed']}" / path.relative_to(both)
             assert path.is_dir() or path.read_bytes() == same.read_bytes()
 
 
 # ---- a full disk ----------------------------------------------------------------------------
 
 
-def save_checkpoint(path, value):
-    ckpt.save({"state_dict": {"a": torch.full((1000,), float(value))}}, path)
-
-
 def save_signature(path, value):
     tensor = torch.full((1000,), float(value))
-    RobustWeightSignature({"features.0.bias": tensor}, "vgg11", 1).save(path)
-
-
-def save_log(path, value):
-    row = {"TA": float(value), "RA": {"fog": float(value)}}
-    model_patching.update_log(path, row, row)
-
-
-def save_json(path, value):
-    report.write_json(path, {"value": [value] * 1000})
+    signature = RobustWeightSignature({"features.0.bias": tensor}, "vgg11", Method())
+    signature_file.save(signature, path)
 
 
 def save_array(path, value):
-    with atomic.replacing(path) as temporary:
+    with replacing(path) as temporary:
         np.save(temporary, np.full(1000, value))
 
 
-WRITERS = {"a.tar": save_checkpoint, "a.rws": save_signature, "log": save_log}
-WRITERS |= {"a.json": save_json, "a.npy": save_array}
+WRITERS = {
+    "a.tar": lambda path, value: ckpt.save({"a": torch.full((1000,), float(value))}, path),
+    "a.json": lambda path, value: report.write_json(path, {"value": [value] * 1000}),
+}
+WRITERS |= {
+    "a.rws": save_signature,
+    "log": lambda path, value: add_to_log(path, 1, value),
+    "a.npy": save_array,
+}
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_when_the_disk_fills_up_the_old_file_stays(tmp_path, monkeypatch, name, call):
+@pytest.mark.parametrize(("owner", "call"), [(os, "fsync"), (Path, "replace")])
+def test_when_the_disk_fills_up_the_old_file_stays(tmp_path, monkeypatch, name, owner, call):
     path = tmp_path / name
     WRITERS[name](path, 1)
     before = path.read_bytes()
 
     def full(*_):
-        raise FULL
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(*((os, "fsync", full) if call == "fsync" else (Path, "replace", full)))
+    monkeypatch.setattr(owner, call, full)
     with pytest.raises(InputError, match=rf"cannot write .*{name}: No space left"):
         WRITERS[name](path, 2)
     monkeypatch.undo()
@@ -430,12 +356,8 @@ def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("no mount command")
-    if done.returncode:
-        pytest.skip(f"no tmpfs can be mounted: {done.stderr.strip()}")
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
@@ -452,7 +374,9 @@ def test_on_a_full_disk_every_writer_keeps_what_is_there(small_disk, tmp_path):
     before = {path.name: path.read_bytes() for path in small_disk.iterdir()}
     fill(small_disk)
     for name, write in WRITERS.items():
-        with pytest.raises(InputError, match=rf"cannot write .*{name}.*No space left|requested"):
+        with pytest.raises(
+            InputError, match=rf"cannot write .*{name}: (No space left|.* requested)"
+        ):
             write(small_disk / name, 2)
     assert {n: (small_disk / n).read_bytes() for n in before} == before
     assert set(os.listdir(small_disk)) == {*before, "filler"}
@@ -486,11 +410,11 @@ def test_corrupting_on_a_full_disk_leaves_nothing_half(data, small_disk, monkeyp
     argv += ["--out", str(small_disk / "out")]
     fill(small_disk, 5000)
     before = sorted(os.listdir(small_disk))
-    with pytest.raises(InputError, match=r"kB to write, .* free there"):
+    with pytest.raises(InputError, match=r"MB to write, .* free"):
         make_corruptions.make(make_corruptions.parse_args(argv))
     assert sorted(os.listdir(small_disk)) == before
     # Something else may fill the disk after that.
-    monkeypatch.setattr(make_corruptions, "check_space", lambda *_: (0, 0))
+    monkeypatch.setattr(make_corruptions, "check_space", lambda *_: "")
     for layout in ("rws", "folders"):
         with pytest.raises(InputError, match=r"cannot write .*No space left"):
             make_corruptions.make(make_corruptions.parse_args([*argv, "--layout", layout]))
@@ -504,4 +428,3 @@ def test_a_checkpoint_that_can_not_be_written_is_seen_before_training(data, tmp_
     argv = flags(data, tmp_path / "file" / "run", 1)
     with pytest.raises(InputError, match="cannot write"):
         train_corruption.train(train_corruption.parse_args(argv))
-    assert build_model  # the model was not asked for

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from datasets import loader
 from datasets.images import ImageSet
-from datasets.loader import BatchLoader
+from datasets.loader import BatchLoader, evaluation_batches
 from utils.errors import InputError
 
 
@@ -56,14 +56,12 @@ def test_rotate_is_torchvisions_rotate(side):
 
 
 def test_augmentations_keep_the_dtype():
-    generator, device = torch.Generator().manual_seed(0), torch.device("cpu")
+    offsets = torch.tensor([0, 8, 3, 4])
     for dtype in (torch.uint8, torch.float32):
         images = make_set(4).images.to(dtype)
-        dy, dx = loader.draw_offsets(4, 4, device, generator)
-        assert loader.crop(images, dy, dx).dtype == dtype
-        assert loader.flip(images, loader.draw_flips(4, device, generator)).dtype == dtype
-        angles = loader.draw_angles(4, 20.0, device, generator)
-        assert loader.rotate(images, angles).dtype == dtype
+        assert loader.crop(images, offsets, offsets).dtype == dtype
+        assert loader.flip(images, offsets > 3).dtype == dtype
+        assert loader.rotate(images, offsets.float()).dtype == dtype
 
 
 def test_a_last_batch_of_one_image_is_left_out_of_training():
@@ -73,13 +71,17 @@ def test_a_last_batch_of_one_image_is_left_out_of_training():
 
 
 def test_draws_cover_their_range_evenly():
-    generator, device = torch.Generator().manual_seed(0), torch.device("cpu")
-    for offsets in loader.draw_offsets(9000, 4, device, generator):
-        counts = torch.bincount(offsets, minlength=9)
-        assert len(counts) == 9 and (counts - 1000).abs().max() < 150
-    assert abs(loader.draw_flips(10_000, device, generator).float().mean() - 0.5) < 0.02
-    angles = loader.draw_angles(10_000, 20.0, device, generator)
+    def draw(augment):
+        batches = BatchLoader(make_set(1, 32), 1, augment)
+        return batches._draw(10_000, torch.Generator().manual_seed(0))
+
+    *offsets, flips = draw("crop_flip")
+    for offset in offsets:
+        counts = torch.bincount(offset, minlength=9)
+        assert len(counts) == 9 and (counts - 1111).abs().max() < 150
+    angles, _ = draw("rotate_flip")
     assert -20 <= angles.min() < -19.9 and 19.9 < angles.max() <= 20 and abs(angles.mean()) < 0.5
+    assert abs(flips.float().mean() - 0.5) < 0.02
 
 
 def test_augmentation_for():
@@ -198,16 +200,9 @@ def test_crop_padding_is_four_at_32_pixels(side, padding):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_host_memory_gives_the_same_batches(augment, shuffle, ranks, monkeypatch):
     monkeypatch.setattr(BatchLoader, "_together", lambda self: 2 * self.batch_size // self.ranks)
+    options = {"shuffle": shuffle, "rank": ranks - 1, "ranks": ranks}
     places = [
-        BatchLoader(
-            make_set(50),
-            8,
-            augment,
-            shuffle=shuffle,
-            rank=ranks - 1,
-            ranks=ranks,
-            resident=resident,
-        )
+        BatchLoader(make_set(50), 8, augment, **options, resident=resident)
         for resident in (True, False)
     ]
     for _ in range(2):  # epochs
@@ -276,15 +271,36 @@ def test_prefetching_to_a_gpu_gives_the_same_batches(augment, shuffle):
             assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_evaluation_batches_are_the_set_in_order_shared_out(ranks, monkeypatch):
+    data, parts = make_set(800), []
+    for rank in range(ranks):
+        monkeypatch.setattr(loader.distributed, "ranks", lambda: ranks)
+        monkeypatch.setattr(loader.distributed, "rank", lambda rank=rank: rank)
+        parts.append(list(evaluation_batches(data, "cpu", 100)))
+        assert [len(labels) for _, labels in parts[-1][:-1]] == [100] * (len(parts[-1]) - 1)
+        assert len(next(iter(evaluation_batches(data, "cpu")))[1]) == 250
+    batches = [batch for shares in zip(*parts, strict=True) for batch in shares]
+    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    assert torch.equal(labels, data.labels)
+    assert torch.equal(images, data.images.float() / 255)
+
+
+def test_evaluation_batches_of_a_gpu_have_as_many_pixels_whatever_the_size(monkeypatch):
+    monkeypatch.setattr(loader, "BatchLoader", lambda images, size, **_: size)
+    sizes = [evaluation_batches(make_set(1, side), "cuda") for side in (16, 32, 64, 4000)]
+    assert sizes == [20_000, 5_000, 1_250, 1]
+
+
 def test_errors():
-    with pytest.raises(InputError, match="--batch_size 0"):
-        BatchLoader(make_set(), 0)
-    with pytest.raises(InputError, match="--batch_size 16: must be a multiple of the 3 processes"):
-        BatchLoader(make_set(), 16, ranks=3)
-    with pytest.raises(InputError, match="crop_flip"):
-        BatchLoader(make_set(), 16, "mixup")
-    with pytest.raises(InputError, match="no images"):
-        BatchLoader(make_set().subset([]), 16)
+    for options, said in (
+        ({"batch_size": 0}, "--batch_size 0"),
+        ({"ranks": 3}, "--batch_size 16: must be a multiple of the 3 processes"),
+        ({"augment": "mixup"}, "crop_flip"),
+        ({"image_set": make_set().subset([])}, "no images"),
+    ):
+        with pytest.raises(InputError, match=said):
+            BatchLoader(**{"image_set": make_set(), "batch_size": 16, **options})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

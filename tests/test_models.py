@@ -8,27 +8,17 @@ import torchvision
 from models import ARCHS, build_model, head_prefix
 from models.layers import carried_keys, depth_order, infer_arch, layer_keys
 from models.vgg import add_batchnorm, fold_batchnorm
-from utils.errors import InputError
+
+LAYERS = {"vgg11": 8, "vgg13": 10, "vgg16": 13, "vgg19": 16}
+LAYERS |= {"resnet18": 9, "resnet34": 17, "resnet50": 17, "resnet101": 34}
 
 
-@pytest.mark.parametrize(
-    ("arch", "layers"),
-    [
-        ("vgg11", 8),
-        ("vgg13", 10),
-        ("vgg16", 13),
-        ("vgg19", 16),
-        ("resnet18", 9),
-        ("resnet34", 17),
-        ("resnet50", 17),
-        ("resnet101", 34),
-    ],
-)
+@pytest.mark.parametrize(("arch", "layers"), LAYERS.items())
 def test_number_of_layers(arch, layers):
     assert len(depth_order(arch)) == layers
     assert len(layer_keys(arch, layers)) == sum(map(len, depth_order(arch)))
     for bad in (0, -1, layers + 1):
-        with pytest.raises(InputError, match=str(bad)):
+        with pytest.raises(ValueError, match=f"--keep_num {bad}: {arch} has {layers} layers"):
             layer_keys(arch, bad)
 
 
@@ -164,8 +154,9 @@ def test_resnet_is_torchvisions():
         torch.testing.assert_close(ours(x), theirs(x))
 
 
-def test_unknown_architecture_names_the_nearest():
-    with pytest.raises(InputError, match="resnet18"):
+def test_unknown_architecture_names_the_known():
+    assert set(LAYERS) == set(ARCHS)
+    with pytest.raises(ValueError, match=r"--arch resnet8: .*known: vgg11.*resnet18"):
         build_model("resnet8", 10)
 
 

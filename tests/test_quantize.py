@@ -5,16 +5,9 @@ import math
 import pytest
 import torch
 
+from utils import quantize
 from utils.errors import InputError
-from utils.quantize import (
-    METHODS,
-    bits_per_code,
-    decode,
-    encode,
-    fake_quantize,
-    pack_bits,
-    unpack_bits,
-)
+from utils.quantize import METHODS, bits_per_code, encode, fake_quantize, pack_bits, unpack_bits
 
 
 def nearest_level(x, values, levels):
@@ -123,7 +116,7 @@ def test_codes_fit_their_bits(levels):
             pack_bits(q.codes, bits_per_code(levels)), bits_per_code(levels), 300
         )
         assert torch.equal(repacked, q.codes)
-        assert torch.isfinite(decode(q)).all()
+        assert torch.isfinite(quantize.decode(q)).all()
 
 
 @pytest.mark.parametrize(

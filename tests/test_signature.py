@@ -1,16 +1,24 @@
-"""Signatures: the equations, algebra, the file, and putting them on and off."""
+"""Signatures: the method, the equations, algebra, putting them on and off, the file."""
 
+import hashlib
 import itertools
+import json
 import warnings
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from experiments.similarity import cosine
 from models import build_model
-from models.layers import carried_keys, layer_keys
+from models.layers import LAYERS, carried_keys, depth_order, layer_keys
+from utils import arguments, quantize, signature_file
 from utils import signature as sig
 from utils.errors import InputError
-from utils.signature import RobustWeightSignature, cosine, patch, project_out
+from utils.signature import Method, RobustWeightSignature, patch, project_out
 
 
 def shifted(state, scale, seed):
@@ -24,17 +32,24 @@ def shifted(state, scale, seed):
 
 @pytest.fixture(scope="module", params=["vgg11", "resnet18"])
 def study(request):
-    """arch, θ_pre, θ_std and two robust models, as state dicts."""
+    """arch, θ_pre, θ_std and two robust models as state dicts; `extract`, `model`, `first` key."""
     torch.manual_seed(0)
-    pre = build_model(request.param, 10).state_dict()
+    arch, pre = request.param, build_model(request.param, 10).state_dict()
     std = shifted(pre, 0.01, 1)
-    return request.param, pre, std, shifted(std, 0.02, 2), shifted(std, 0.02, 3)
+    rob, other = shifted(std, 0.02, 2), shifted(std, 0.02, 3)
 
+    def extract(keep_num=2, robust=rob, **options):
+        return RobustWeightSignature.extract(pre, std, robust, keep_num, **options)
 
-def model_of(arch, state):
-    model = build_model(arch, 10)
-    model.load_state_dict(state)
-    return model
+    def model():
+        made = build_model(arch, 10)
+        made.load_state_dict(std)
+        return made
+
+    first = layer_keys(arch, 1)[0]
+    return SimpleNamespace(
+        arch=arch, pre=pre, std=std, rob=rob, other=other, extract=extract, model=model, first=first
+    )
 
 
 def bits(model):
@@ -42,10 +57,61 @@ def bits(model):
 
 
 def same_bits(a, b):
-    return all(
+    return a.keys() == b.keys() and all(
         torch.equal(a[k].reshape(-1).view(torch.uint8), b[k].reshape(-1).view(torch.uint8))
         for k in a
     )
+
+
+# ---- the method -----------------------------------------------------------------------------
+
+
+def from_flags(*argv, **known):
+    parser = arguments.Parser()
+    arguments.add(parser, f"arch {arguments.METHOD}")
+    return Method.from_args(parser.parse_args(argv), **known)
+
+
+methods = st.builds(
+    Method,
+    keep_num=st.integers(1, 13),
+    layers=st.sampled_from(LAYERS),
+    project=st.booleans(),
+    levels=st.none() | st.integers(2, 2**15).map(lambda half: 2 * half),
+    scheme=st.sampled_from(quantize.METHODS),
+    per_channel=st.booleans(),
+    bn_float=st.booleans(),
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(methods)
+def test_a_method_is_its_flags(method):
+    assert from_flags(*method.flags()) == method
+    assert from_flags(*(flag.replace("_", "-") for flag in method.flags())) == method
+    changed = sum(getattr(method, f.name) != f.default for f in fields(Method))
+    assert len(method.words().split(", ")) == max(changed, 1) and "_" not in method.words()
+
+
+def test_a_method_in_words():
+    assert Method().flags() == [] and Method().words() == ""
+    method = Method(5, "deepest", project=False, levels=16, bn_float=True)
+    assert method.words() == "keep num 5, layers deepest, no projection, quantization 16, bn float"
+    assert from_flags("--keep_num", "3", keep_num=2, project=False) == Method(2, project=False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--keep_num 14", "14.*vgg16 has 13"),
+        ("--arch resnet18 --keep_num 10", "10.*resnet18 has 9"),
+        ("--quantization 1", "quantization 1"),
+        ("--quantization 5 --quantization_type log", "even"),
+    ],
+)
+def test_impossible_methods_are_refused(argv, said):
+    with pytest.raises(InputError, match=said):
+        from_flags(*argv.split())
 
 
 # ---- equations ------------------------------------------------------------------------------
@@ -69,80 +135,100 @@ def test_projection_by_zero_keeps_everything():
         project_out(delta, torch.zeros(4))
 
 
-def test_extract_projects_convolutions_and_carries_the_rest(study):
-    arch, pre, std, rob, _ = study
-    s = RobustWeightSignature.extract(pre, std, rob, 3, corruption="fog")
-    assert s.arch == arch and s.corruptions == ("fog",)
-    assert set(s.tensors) == set(layer_keys(arch, 3)) | set(carried_keys(arch))
+@pytest.mark.parametrize(
+    "method",
+    [
+        Method(),
+        Method(keep_num=3, project=False),
+        Method(keep_num=2, layers="deepest"),
+        Method(keep_num=4, layers="random", project=False),
+        Method(keep_num=2, levels=16),
+        Method(keep_num=2, levels=8, scheme="log", per_channel=True, bn_float=True),
+    ],
+    ids=Method.words,
+)
+def test_extract_is_the_definition(study, method):
+    s = study.extract(None, method=method, corruption="fog", seed=3)
+    assert (s.arch, s.method, s.corruptions) == (study.arch, method, ("fog",))
+    carried = set(carried_keys(study.arch))
+    depth = [i for i, keys in enumerate(depth_order(study.arch)) if set(keys) & set(s.tensors)]
+    if method.layers == "random":
+        kept = layer_keys(study.arch, method.keep_num, "random", seed=3)
+        assert set(s.tensors) == set(kept) | carried
+        assert kept != layer_keys(study.arch, method.keep_num, "random", seed=4)
+    elif not carried:
+        last = len(depth_order(study.arch))
+        first = 0 if method.layers == "shallowest" else last - method.keep_num
+        assert depth == list(range(first, first + method.keep_num))
     for key, tensor in s.tensors.items():
-        if key in carried_keys(arch):
-            torch.testing.assert_close(tensor, rob[key] - std[key])
-        else:
-            torch.testing.assert_close(
-                tensor, project_out(rob[key] - pre[key], std[key] - pre[key])
-            )
-    plain = RobustWeightSignature.extract(pre, std, rob, 3, project=False)
-    key = layer_keys(arch, 1)[0]
-    torch.testing.assert_close(plain.tensors[key], rob[key] - pre[key])
+        pre, std, rob = (m[key].double() for m in (study.pre, study.std, study.rob))
+        expected = rob - (std if key in carried else pre)
+        if method.project and key not in carried:
+            clean = std - pre
+            expected = expected - (expected * clean).sum() / (clean * clean).sum() * clean
+        if method.levels is None or (method.bn_float and key in carried):
+            torch.testing.assert_close(tensor.double(), expected, atol=1e-6, rtol=1e-4)
+    if method.levels:
+        plain = study.extract(method.keep_num).quantize(
+            method.levels, method.scheme, method.per_channel, method.bn_float
+        )
+        assert same_bits(s.tensors, plain.tensors) and plain.method == method
 
 
 def test_extract_from_files_is_the_same(study, tmp_path):
-    _, pre, std, rob, _ = study
-    for name, state in (("pre", pre), ("std", std), ("rob", rob)):
-        torch.save({"state_dict": state}, tmp_path / name)
-    a = RobustWeightSignature.extract(pre, std, rob, 2)
+    for name in ("pre", "std", "rob"):
+        torch.save({"state_dict": getattr(study, name)}, tmp_path / name)
+    a = study.extract()
     b = RobustWeightSignature.extract(tmp_path / "pre", tmp_path / "std", str(tmp_path / "rob"), 2)
-    assert same_bits(a.tensors, b.tensors)
-    assert (a.pretrained, a.standard, a.robust) == (b.pretrained, b.standard, b.robust)
+    assert same_bits(a.tensors, b.tensors) and replace(a, tensors={}) == replace(b, tensors={})
 
 
 def test_extract_refuses_what_does_not_fit(study):
-    arch, pre, std, rob, _ = study
-    key = layer_keys(arch, 1)[0]
-    with pytest.raises(InputError, match=key):
-        RobustWeightSignature.extract(pre, std, {k: v for k, v in rob.items() if k != key}, 2)
-    with pytest.raises(InputError, match=key):
-        RobustWeightSignature.extract(pre, std, {**rob, key: rob[key][:-1]}, 2)
-    with pytest.raises(InputError, match=key):
-        RobustWeightSignature.extract(pre, std, {**rob, key: rob[key] * float("nan")}, 2)
+    key, rob = study.first, study.rob
+    without = {k: v for k, v in rob.items() if k != key}
+    for wrong in (without, {**rob, key: rob[key][:-1]}, {**rob, key: rob[key] * float("nan")}):
+        with pytest.raises(InputError, match=key):
+            study.extract(robust=wrong)
     with pytest.raises(InputError, match="99"):
-        RobustWeightSignature.extract(pre, std, rob, 99)
+        study.extract(99)
+    with pytest.raises(InputError, match="none of the known architectures"):
+        RobustWeightSignature.extract(study.pre, without, rob, 2)
 
 
 def test_identical_models_warn(study):
-    pre = study[1]
     with pytest.warns(UserWarning, match="zero"):
-        RobustWeightSignature.extract(pre, pre, pre, 2)
+        RobustWeightSignature.extract(study.pre, study.pre, study.pre, 2)
 
 
 # ---- algebra --------------------------------------------------------------------------------
 
 
 def test_scale_and_sum(study):
-    _, pre, std, rob, other = study
-    a = RobustWeightSignature.extract(pre, std, rob, 2, corruption="fog", severity=5)
-    b = RobustWeightSignature.extract(pre, std, other, 3, corruption="snow", severity=5)
+    a = study.extract(2, corruption="fog", severity=5, dataset="one").quantize(16, "tanh")
+    b = study.extract(3, study.other, corruption="snow", severity=5, dataset="two")
     total = sum([a.scale(0.5), b.scale(0.25)])
-    assert total.keep_num == 3 and total.corruptions == ("fog", "snow") and total.severity == 5
+    assert total.method == (a + b).method == Method(keep_num=3) and not (a + b).codes
+    assert (total.corruptions, total.severity, total.dataset) == (("fog", "snow"), 5, None)
+    assert (total.pretrained, total.robust) == (a.pretrained, (*a.robust, *b.robust))
+    assert set(total.tensors) == set(a.tensors) | set(b.tensors)
     for key, tensor in total.tensors.items():
         expected = 0.25 * b.tensors[key]
         if key in a.tensors:
             expected = expected + 0.5 * a.tensors[key]
         torch.testing.assert_close(tensor, expected)
-    assert total.pretrained == a.pretrained
+    with pytest.raises(InputError, match="vgg13"):
+        a + replace(a, arch="vgg13")
+    with pytest.raises(InputError, match=study.first):
+        a + replace(a, tensors={study.first: torch.zeros(1)})
 
 
 def test_cosine(study):
-    _, pre, std, rob, other = study
-    a = RobustWeightSignature.extract(pre, std, rob, 2)
-    b = RobustWeightSignature.extract(pre, std, other, 2)
+    a, b = study.extract(), study.extract(robust=study.other)
     assert cosine(a, a)["overall"] == pytest.approx(1)
     assert cosine(a, a.scale(-3))["overall"] == pytest.approx(-1)
-    key = next(iter(a.tensors))
-    x, y = a.tensors[key].flatten(), b.tensors[key].flatten()
-    assert cosine(a, b)[key] == pytest.approx(
-        torch.nn.functional.cosine_similarity(x, y, dim=0).item(), abs=1e-5
-    )
+    x, y = a.tensors[study.first].flatten(), b.tensors[study.first].flatten()
+    expected = torch.nn.functional.cosine_similarity(x, y, dim=0).item()
+    assert cosine(a, b)[study.first] == pytest.approx(expected, abs=1e-5)
     assert cosine(a, a.scale(0))["overall"] == 0
 
 
@@ -150,39 +236,31 @@ def test_cosine(study):
 
 
 def test_patch_adds_and_remove_restores_the_bits(study):
-    arch, pre, std, rob, _ = study
-    model = model_of(arch, std)
+    model, s = study.model(), study.extract()
     before = bits(model)
-    s = RobustWeightSignature.extract(pre, std, rob, 2)
     handle = patch(model, s, alpha=0.7)
     for key, tensor in model.state_dict().items():
-        expected = std[key] + 0.7 * s.tensors[key] if key in s.tensors else std[key]
-        torch.testing.assert_close(tensor, expected)
-    if arch.startswith("resnet"):
+        added = 0.7 * s.tensors[key] if key in s.tensors else 0
+        torch.testing.assert_close(tensor, study.std[key] + added)
+    if study.arch.startswith("resnet"):
         model.train()(torch.rand(4, 3, 32, 32))  # moves the running statistics
         assert not same_bits(before, bits(model))
-    handle.remove()
-    assert same_bits(before, bits(model))
-    handle.remove()  # nothing more happens
-    assert same_bits(before, bits(model))
+    for _ in range(2):  # the second time nothing more happens
+        handle.remove()
+        assert same_bits(before, bits(model))
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_patches_come_off_in_any_order(study, order):
-    arch, pre, std, rob, other = study
-    model = model_of(arch, std)
+    model = study.model()
     before = bits(model)
-    signatures = [
-        RobustWeightSignature.extract(pre, std, rob, 1),
-        RobustWeightSignature.extract(pre, std, other, 3),
-        RobustWeightSignature.extract(pre, std, rob, 2).quantize(16),
-    ]
+    signatures = [study.extract(1), study.extract(3, study.other), study.extract(2).quantize(16)]
     handles = [patch(model, s, 0.1 * (i + 1)) for i, s in enumerate(signatures)]
     left = [0, 1, 2]
     for i in order:
         handles[i].remove()
         left.remove(i)
-        fresh = model_of(arch, std)
+        fresh = study.model()
         for j in left:
             patch(fresh, signatures[j], 0.1 * (j + 1))
         assert same_bits(bits(fresh), bits(model))
@@ -190,13 +268,10 @@ def test_patches_come_off_in_any_order(study, order):
 
 
 def test_with_form_and_alpha_zero(study):
-    arch, pre, std, rob, _ = study
-    model = model_of(arch, std)
-    first = layer_keys(arch, 1)[0]
+    model, s = study.model(), study.extract()
     with torch.no_grad():
-        model.get_parameter(first).view(-1)[0] = -0.0
+        model.get_parameter(study.first).view(-1)[0] = -0.0
     before = bits(model)
-    s = RobustWeightSignature.extract(pre, std, rob, 2)
     with patch(model, s, alpha=0):
         assert same_bits(before, bits(model))
     with pytest.raises(RuntimeError, match="inside"), patch(model, s):
@@ -205,69 +280,74 @@ def test_with_form_and_alpha_zero(study):
 
 
 def test_removal_outlives_the_model(study):
-    arch, pre, std, rob, _ = study
-    model = model_of(arch, std)
-    handle = patch(model, RobustWeightSignature.extract(pre, std, rob, 1))
+    model = study.model()
+    handle = patch(model, study.extract())
     del model
     assert len(sig._PATCHES) == 0  # nothing keeps a dropped model alive
     handle.remove()
 
 
-def test_patch_refuses_another_architecture_and_changes_nothing(study):
-    arch, pre, std, rob, _ = study
-    s = RobustWeightSignature.extract(pre, std, rob, 2)
-    other = build_model("vgg13" if arch == "vgg11" else "vgg11", 10)
+def test_patch_refuses_what_does_not_fit_and_changes_nothing(study):
+    other = build_model("vgg13" if study.arch == "vgg11" else "vgg11", 10)
     before = bits(other)
-    with pytest.raises(InputError, match=arch):
-        patch(other, s)
+    with pytest.raises(InputError, match=study.arch):
+        patch(other, study.extract())
+    key = "features.0.weight"
+    tensors = {"features.0.bias": torch.ones(64), key: torch.ones(64, 3, 3, 2)}
+    with pytest.raises(InputError, match=rf"{key} is \(64, 3, 3, 2\), the model's is \(64, 3"):
+        patch(other, RobustWeightSignature(tensors, "vgg11", Method()))
     assert same_bits(before, bits(other))
 
 
 def test_nan_inside_is_refused(study):
-    _, pre, std, rob, _ = study
-    s = RobustWeightSignature.extract(pre, std, rob, 1)
-    key = next(iter(s.tensors))
-    with pytest.raises(InputError, match=key):
-        RobustWeightSignature({key: s.tensors[key] * float("inf")}, s.arch, 1)
+    tensors = {study.first: torch.tensor([0.0, float("inf")])}
+    with pytest.raises(InputError, match=study.first):
+        RobustWeightSignature(tensors, study.arch, Method())
 
 
 def test_other_pretrained_weights_warn_once(study):
-    arch, pre, std, rob, _ = study
-    s = RobustWeightSignature.extract(pre, std, rob, 1)
-    model = model_of(arch, std)
-    model.pretrained_hash = f"another-{arch}"
-    with pytest.warns(UserWarning, match="pretrained"):
+    s, model = study.extract(), study.model()
+    model.pretrained_hash = f"another-{study.arch}"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
         patch(model, s).remove()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
         patch(model, s).remove()
+    assert len(told) == 1 and model.pretrained_hash in str(told[0].message)
 
 
 # ---- the file -------------------------------------------------------------------------------
 
 
+def kept(signature, path):
+    """`signature` after it was written to `path` and read again."""
+    assert signature.save(path) == path.stat().st_size
+    return RobustWeightSignature.load(path)
+
+
 @pytest.mark.parametrize("levels", [None, 2, 6, 16, 256])
-@pytest.mark.parametrize("method", ["linear", "tanh", "log"])
-def test_file_gives_back_every_bit(study, tmp_path, levels, method):
-    if method == "log" and levels == 2:
+@pytest.mark.parametrize("scheme", quantize.METHODS)
+def test_file_gives_back_every_bit(study, tmp_path, levels, scheme):
+    if scheme == "log" and levels == 2:
         pytest.skip("log needs at least 4 levels")
-    _, pre, std, rob, _ = study
-    s = RobustWeightSignature.extract(pre, std, rob, 2, corruption="fog", severity=3, dataset="d")
+    method = Method(2, project=False)
+    s = study.extract(None, method=method, corruption="fog", severity=3, dataset="d")
     if levels:
-        s = s.quantize(levels, method)
-    size = s.save(tmp_path / "fog.rws")
-    assert size == (tmp_path / "fog.rws").stat().st_size
-    back = RobustWeightSignature.load(tmp_path / "fog.rws")
-    assert same_bits(s.tensors, back.tensors)
-    assert back.quantization == s.quantization and back.corruptions == ("fog",)
-    assert (back.pretrained, back.keep_num, back.severity) == (s.pretrained, 2, 3)
-    back.save(tmp_path / "again.rws")
-    assert same_bits(s.tensors, RobustWeightSignature.load(tmp_path / "again.rws").tensors)
+        for per_channel in (False, True):
+            quantized = s.quantize(levels, scheme, per_channel)
+            for key, tensor in s.tensors.items():
+                fake = quantize.fake_quantize(tensor, levels, scheme, per_channel)
+                assert torch.equal(quantized.tensors[key], fake)
+        s = quantized
+    back = kept(s, tmp_path / "fog.rws")
+    again = kept(back, tmp_path / "again.rws")
+    assert same_bits(s.tensors, back.tensors) and same_bits(s.tensors, again.tensors)
+    empty = {"tensors": {}, "codes": {}}
+    assert replace(s, **empty) == replace(back, **empty) == replace(again, **empty)
+    assert back.codes.keys() == s.codes.keys()
 
 
 def test_codes_take_their_bits_on_disk(study, tmp_path):
-    _, pre, std, rob, _ = study
-    s = RobustWeightSignature.extract(pre, std, rob, 4)
+    s = study.extract(4)
     values = sum(t.numel() for t in s.tensors.values())
     for levels, per_value in ((256, 1), (16, 0.5), (4, 0.25)):
         size = s.quantize(levels).save(tmp_path / "s.rws")
@@ -276,20 +356,37 @@ def test_codes_take_their_bits_on_disk(study, tmp_path):
 
 
 def test_bn_float_keeps_what_is_carried(study, tmp_path):
-    arch, pre, std, rob, _ = study
-    s = RobustWeightSignature.extract(pre, std, rob, 2)
-    q = s.quantize(4, bn_float=True)
-    q.save(tmp_path / "s.rws")
-    back = RobustWeightSignature.load(tmp_path / "s.rws")
-    for key in carried_keys(arch):
+    s = study.extract()
+    back = kept(s.quantize(4, bn_float=True), tmp_path / "s.rws")
+    for key in carried_keys(study.arch):
         assert torch.equal(back.tensors[key], s.tensors[key])
-    assert back.tensors[layer_keys(arch, 1)[0]].unique().numel() <= 4
+    assert back.tensors[study.first].unique().numel() <= 4
+
+
+@pytest.mark.parametrize("with_layers", [True, False])  # the first files had no such entry
+@pytest.mark.parametrize("levels", [None, 6])
+def test_files_from_before_the_method_was_kept_are_read(study, tmp_path, levels, with_layers):
+    path = tmp_path / "old.rws"
+    s = study.extract(2, corruption="fog", severity=5)
+    s = s.quantize(levels, "log", per_channel=True) if levels else s
+    s.save(path)
+    document = torch.load(path, weights_only=True)
+    meta = document["meta"]
+    del meta["method"]
+    form = {"levels": levels, "method": "log", "per_channel": True, "bn_float": False}
+    meta |= {"keep_num": 2, "quantization": form if levels else None}
+    meta |= {"layers": "shallowest"} if with_layers else {}
+    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    digest.update(document["payload"].numpy().tobytes())
+    torch.save({**document, "checksum": digest.hexdigest()}, path)
+    back = RobustWeightSignature.load(path)
+    assert back.method == s.method and same_bits(back.tensors, s.tensors)
+    assert "the 2 shallowest layers, projection not recorded" in signature_file.describe(path)
 
 
 def test_damaged_files_are_refused(study, tmp_path):
-    _, pre, std, rob, _ = study
     path = tmp_path / "s.rws"
-    RobustWeightSignature.extract(pre, std, rob, 1).quantize(16).save(path)
+    study.extract(1).quantize(16).save(path)
     data = path.read_bytes()
     for damaged in (b"", data[: len(data) // 2], data[:-1], b"junk" * 100):
         path.write_bytes(damaged)
@@ -298,21 +395,30 @@ def test_damaged_files_are_refused(study, tmp_path):
     path.write_bytes(data)
     content = torch.load(path, weights_only=True)
     content["payload"][len(content["payload"]) // 2] ^= 1
-    torch.save(content, path)
-    with pytest.raises(InputError, match="checksum"):
-        RobustWeightSignature.load(path)
-    torch.save({"state_dict": {}}, path)
-    with pytest.raises(InputError, match="not a signature"):
-        RobustWeightSignature.load(path)
+    for wrong, said in (
+        (content, "checksum"),
+        ({"state_dict": {}}, "not a signature"),
+        ({**content, "version": 99}, "format 99"),
+    ):
+        torch.save(wrong, path)
+        with pytest.raises(InputError, match=said):
+            RobustWeightSignature.load(path)
     with pytest.raises(InputError, match="no such"):
         RobustWeightSignature.load(tmp_path / "absent.rws")
 
 
-def test_show_describes_the_file(study, tmp_path):
-    arch, pre, std, rob, _ = study
-    path = tmp_path / "s.rws"
-    s = RobustWeightSignature.extract(pre, std, rob, 2, corruption="fog").quantize(16, "tanh")
-    s.save(path)
-    text = sig.describe(path)
-    for piece in ("fog", arch, "16 levels", "tanh", "4 bits", *s.tensors):
+@pytest.mark.parametrize(
+    ("method", "pieces"),
+    [
+        (Method(2), ["the 2 shallowest layers", "fine-tuning projected out", "float32"]),
+        (Method(3, "deepest", project=False), ["the 3 deepest layers, NOT projected"]),
+        (Method(3, "random", levels=16, scheme="tanh"), ["3 random", "16 levels, tanh, 4 bits"]),
+        (Method(1, levels=4, per_channel=True, bn_float=True), ["per channel, batch norm in fl"]),
+    ],
+)
+def test_show_says_how_it_was_made(study, tmp_path, method, pieces):
+    s = study.extract(None, method=method, corruption="fog", severity=2)
+    s.save(tmp_path / "s.rws")
+    text = signature_file.describe(tmp_path / "s.rws")
+    for piece in ("fog, severity 2", study.arch, s.pretrained, *s.robust, *pieces, *s.tensors):
         assert piece in text

@@ -1,19 +1,26 @@
-"""Flags that several scripts share, with one meaning and one check each."""
+"""Flags: a line for each, whose type checks the value and words the error.
+
+A script names the flags it takes; those of the data are in datasets/flags.py. `-` and `_` are the
+same in every flag.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import datasets
-from datasets.corruptions import CORRUPTIONS
-from datasets.images import HALVES, ImageSet
-from utils.checkpoint import IMAGENET
-from utils.errors import InputError, suggest
+from models import ARCHS
+from models.layers import LAYERS
+from utils.checkpoint import BEST_RA, IMAGENET
+from utils.errors import InputError
+from utils.quantize import METHODS
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The script's docstring as it stands, and each flag's default unless it is empty."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -26,138 +33,210 @@ class Parser(argparse.ArgumentParser):
     """argparse whose complaints look like every other error here: one line, exit 2."""
 
     def __init__(self, description: str | None = None, **options: object) -> None:
-        options |= {"formatter_class": HelpFormatter, "allow_abbrev": False}
+        options |= {"formatter_class": Formatter, "allow_abbrev": False}
         super().__init__(description=description, **options)
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_underscores(arg) for arg in args], namespace)
+
     def error(self, message: str) -> None:
-        raise InputError(f"{message} (see {self.prog} --help)")
+        said = re.sub(r"^argument (--\w+)(?:/--\w+)*: (?=\S+: )", r"\1 ", message)
+        raise InputError(f"{said.removeprefix('argument ')} (see {self.prog} --help)")
 
 
-def add_dataset(group: argparse._ActionsContainer) -> None:
-    """--dataset, --image_size."""
-    group.add_argument(
-        "--dataset",
-        default="cifar10",
-        metavar="NAME",
-        help=f"{', '.join(datasets.DATASETS)}; -c at the end names the corrupted set",
-    )
-    group.add_argument(
-        "--image_size", type=int, metavar="PIXELS", help="resize images to this side at decoding"
-    )
+def _underscores(arg: str) -> str:
+    if not arg.startswith("--"):
+        return arg
+    flag, equals, value = arg.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
 
 
-def add_subset(group: argparse._ActionsContainer) -> None:
-    """--classes, --train_images, --test_images: less than the whole data set."""
-    group.add_argument(
-        "--classes", choices=HALVES, help="use every other class only, from the first or second on"
-    )
-    group.add_argument(
-        "--train_images", type=int, metavar="N", help="train on so many, evenly spaced"
-    )
-    group.add_argument(
-        "--test_images", type=int, metavar="N", help="validate and test on so many each"
-    )
+# ---- types ------------------------------------------------------------------------------------
 
 
-def load_images(args: argparse.Namespace, root: str | None, split: str) -> ImageSet:
-    """The clean split "train", "val" or "test" at `root`, as add_dataset and add_subset say."""
-    limit = args.train_images if split == "train" else args.test_images
-    if limit is not None and limit < 1:
-        flag = "train_images" if split == "train" else "test_images"
-        raise InputError(f"--{flag} {limit}: must be at least 1")
-    name = datasets.base_name(args.dataset)
-    return datasets.load(name, root, split, args.image_size, args.classes, limit)
+def number(
+    least: float, most: float = math.inf, kind: Callable = float
+) -> Callable[[str], int | float]:
+    """A type: a finite number (kind int: a whole one) from `least` to `most`."""
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text}: must be {what}") from None
+        if not least <= value <= most or value == math.inf:
+            span = f"at least {least}, and finite" if most == math.inf else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text}: must be {span}")
+        return value
+
+    return parse
 
 
-def add_corruption(group: argparse._ActionsContainer) -> None:
-    """--severity (also in the original's spelling), --frost_dir."""
-    group.add_argument(
-        "--severity",
-        "--serverity",
-        type=int,
-        default=5,
-        metavar="1…5",
-        help="of the corrupted images",
-    )
-    group.add_argument(
-        "--frost_dir",
-        metavar="DIR",
-        help="the original frost photographs; without it a procedural texture stands in",
-    )
+def count(least: int = 1, most: float = math.inf) -> Callable[[str], int]:
+    """A type: a whole number from `least` to `most`."""
+    return number(least, most, int)
 
 
-def add_pretrained(group: argparse._ActionsContainer) -> None:
-    """--pretrained [FILE], --pretrained_path FILE."""
-    group.add_argument(
-        "--pretrained",
+def epochs(text: str) -> str:
+    """A type: epochs separated by commas, "20,40", kept as text."""
+    if not re.fullmatch(r"\s*\d*\s*(,\s*\d*\s*)*", text):
+        raise argparse.ArgumentTypeError(f"{text}: epochs separated by commas, e.g. 20,40")
+    return text
+
+
+def folder(text: str) -> str:
+    """A type: a folder that exists."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no such folder")
+    return text
+
+
+SEED = count(0, 2**63 - 1)
+
+
+class Distinct(argparse.Action):
+    """Keep a list of values, none of them twice."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            parser.error(f"--{self.dest} names {twice[0]} twice")
+        setattr(namespace, self.dest, values)
+
+
+class OnOff(argparse.Action):
+    """--FLAG and --no_FLAG."""
+
+    def __init__(self, option_strings: list[str], dest: str, **options: object) -> None:
+        super().__init__([*option_strings, f"--no_{dest}"], dest, nargs=0, **options)
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, not option_string.startswith("--no_"))
+
+
+# ---- the table --------------------------------------------------------------------------------
+
+
+def flag(help: str, metavar: str | None = None, **options: object) -> dict:
+    """A line of a table of flags: what `add_argument` is told."""
+    return {"help": help, **({"metavar": metavar} if metavar else {}), **options}
+
+
+def switch(help: str, **options: object) -> dict:
+    """A flag without a value."""
+    return flag(help, action="store_true", **options)
+
+
+def several(help: str, metavar: str, type: Callable, **options: object) -> dict:
+    """A flag with one value or more, none twice."""
+    return flag(help, metavar, type=type, nargs="+", action=Distinct, **options)
+
+
+FLAGS = {
+    # models
+    "arch": flag("architecture", default="vgg16", choices=ARCHS),
+    "pretrained": flag(
+        "θ_pre, the pretrained weights; without a file torchvision's ImageNet weights",
+        "FILE",
         nargs="?",
         const=IMAGENET,
-        metavar="FILE",
-        help="θ_pre, the pretrained weights; without a file torchvision's ImageNet weights",
-    )
-    group.add_argument("--pretrained_path", metavar="FILE", help="the file of --pretrained")
+    ),
+    "pretrained_path": flag("the file of --pretrained", "FILE"),
+    "keep_head": switch(
+        "start from the head of --pretrained too: train a model of these classes on"
+    ),
+    "base_model": flag("θ_std: the standard model", "FILE"),
+    "patched_model": flag("θ_target, the model to patch, if not --base_model", "FILE"),
+    "corruption_model_root": flag(f"θ_c: a folder per corruption with its {BEST_RA}", "DIR"),
+    # recipe
+    "lr": flag("initial learning rate", type=number(0), default=0.01),
+    "momentum": flag("of SGD", type=number(0), default=0.9),
+    "weight_decay": flag("of all parameters", type=number(0), default=5e-4),
+    "batch_size": flag("images per step", type=count(), default=128),
+    "epochs": flag("passes over the training images", "N", type=count(), default=50),
+    "decreasing_lr": flag("epochs after which lr × 0.1", "E,E", type=epochs, default="20,40"),
+    "seed": flag("of everything that is drawn", "N", type=SEED, default=0),
+    # where and how it runs
+    "device": flag("auto, cpu, cuda, cuda:1, …", default="auto"),
+    "amp": flag("bf16 autocast, or float32; default: bf16 where the hardware has it", action=OnOff),
+    "compile": switch("let torch.compile make the model's kernels"),
+    "deterministic": switch("same seed, same bits on CUDA too, which is slower (CPUs: anyway)"),
+    "save_dir": flag("for the checkpoints", "DIR", required=True),
+    "resume": flag(
+        "go on from FILE, or from --save_dir if it holds a checkpoint, else start",
+        "FILE",
+        nargs="?",
+        const="auto",
+    ),
+    "print_freq": flag("between loss updates", "STEPS", type=count(), default=100),
+    # the method: the fields of utils.signature.Method
+    "keep_num": flag("shallowest layers kept", "K", type=count(), default=7),
+    "layers": flag("ablation: which layers are kept", choices=LAYERS, default="shallowest"),
+    "no_projection": flag(
+        "ablation: keep the direction of clean fine-tuning in (plain task arithmetic)",
+        dest="project",
+        action="store_false",
+    ),
+    "quantization": flag("quantize each tensor to N levels", "N", dest="levels", type=int),
+    "quantization_type": flag(
+        "spacing of the levels", dest="scheme", choices=METHODS, default="linear"
+    ),
+    "per_channel": switch("a range of levels per output channel"),
+    "bn_float": switch("keep the batch-norm tensors of a ResNet in float32"),
+    # patching
+    "alpha": flag(
+        "strength; each of n signatures gets A/n", "A", type=number(0), nargs="+", default=[1.0]
+    ),
+    "finetune_alpha": flag(
+        "a strength for each of --corruption, in its order; wins over --alpha",
+        "A",
+        type=number(0),
+        nargs="+",
+    ),
+    "signature": flag(
+        "patch from these .rws files; no --pretrained and no robust models are needed",
+        "FILE",
+        nargs="+",
+        default=[],
+    ),
+    "save_signature": flag("write each signature to DIR/CORRUPTION.rws", "DIR"),
+    "save_log": flag("accumulate TA and RA over runs in FILE; this run's go to FILE.json", "FILE"),
+    "save_model": flag("write the patched model's checkpoint", "FILE"),
+    "test_all_corruptions": switch("measure RA on all 19, not only these"),
+    # files
+    "out": flag("the folder to write to", "DIR"),
+    "overwrite": switch("replace what is there"),
+}
+METHOD = "keep_num layers no_projection quantization quantization_type per_channel bn_float"
+
+
+def add(
+    group: argparse._ActionsContainer,
+    names: str,
+    table: Mapping[str, dict] = FLAGS,
+    prefix: str = "",
+    **changes: object,
+) -> None:
+    """Add the flags `names`, separated by spaces, as `table` has them but for `changes`.
+
+    prefix: in front of every name. An entry may hold "also": other spellings.
+    """
+    for name in names.split():
+        options = {**table[name], **changes}
+        also = options.pop("also", ())
+        group.add_argument(f"--{prefix}{name}", *also, **options)
 
 
 def pretrained_source(args: argparse.Namespace) -> str | None:
-    """The checkpoint file that the two flags name, IMAGENET for torchvision's, None for neither."""
+    """The file that --pretrained and --pretrained_path name, IMAGENET for torchvision's, or None.
+
+    Raises InputError when they name two.
+    """
     named = args.pretrained if args.pretrained != IMAGENET else None
     if named and args.pretrained_path and named != args.pretrained_path:
         raise InputError(
             f"--pretrained {named} and --pretrained_path {args.pretrained_path} name two files"
         )
     return args.pretrained_path or args.pretrained
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """--device, --amp/--no-amp."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-    parser.add_argument(
-        "--amp",
-        action=argparse.BooleanOptionalAction,
-        help="bf16 autocast; by itself on where the hardware has bf16",
-    )
-
-
-def check_corruptions(names: Iterable[str]) -> None:
-    """Raise InputError for an unknown or repeated --corruption."""
-    names = list(names)
-    for name in names:
-        if name not in CORRUPTIONS:
-            raise InputError(
-                f"--corruption {name}: unknown{suggest(name, CORRUPTIONS)}; "
-                f"known: {', '.join(CORRUPTIONS)}"
-            )
-        if names.count(name) > 1:
-            raise InputError(f"--corruption names {name} twice")
-
-
-def check_severity(severity: int) -> None:
-    """Raise InputError unless `severity` is 1 … 5."""
-    if severity not in range(1, 6):
-        raise InputError(f"--severity {severity}: must be 1, 2, 3, 4 or 5")
-
-
-def check_seed(seed: int) -> None:
-    """Raise InputError unless torch takes `seed`."""
-    if not 0 <= seed < 2**63:
-        raise InputError(f"--seed {seed}: must be 0 to 2**63 − 1")
-
-
-def check_frost(frost_dir: str | None) -> None:
-    """Raise InputError for a --frost_dir that is no folder."""
-    if frost_dir is not None and not Path(frost_dir).is_dir():
-        raise InputError(f"--frost_dir {frost_dir}: no such folder")
-
-
-def check_at_least(args: argparse.Namespace, **lowest: float) -> None:
-    """Raise InputError for a flag whose value is below its `lowest`, infinite or not a number."""
-    for flag, low in lowest.items():
-        if not low <= getattr(args, flag) < float("inf"):
-            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least {low}, and finite")
-
-
-def frost_note(corruptions: Iterable[str], frost_dir: str | None) -> dict[str, str]:
-    """A header line saying which frost texture is used, where frost is among the corruptions."""
-    if "frost" not in corruptions:
-        return {}
-    return {"frost": f"photographs in {frost_dir}" if frost_dir else "procedural texture"}

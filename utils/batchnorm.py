@@ -13,23 +13,21 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from datasets.loader import BatchLoader
-
 _BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+def _layers(model: nn.Module) -> list[_BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
 def has_batchnorm(model: nn.Module) -> bool:
     """Whether `model` keeps running statistics."""
-    return any(isinstance(m, _BatchNorm) and m.track_running_stats for m in model.modules())
+    return bool(_layers(model))
 
 
 @torch.no_grad()
 def reestimate(
-    model: nn.Module,
-    loaders: Iterable[BatchLoader],
-    strength: float = 1.0,
-    *,
-    amp: bool = False,
+    model: nn.Module, loaders: Iterable[Iterable], strength: float = 1.0, *, amp: bool = False
 ) -> None:
     """Replace the running statistics of `model`, in place, by those of the batches in `loaders`.
 
@@ -37,7 +35,7 @@ def reestimate(
     `strength` is a = min(1, Σ w_c), 0 … 1; at 0 nothing is read and nothing changes.
     Parameters are not touched and the model's mode is left as it was.
     """
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    layers = _layers(model)
     if strength == 0 or not layers:
         return
     device = next(model.parameters()).device

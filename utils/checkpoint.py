@@ -12,7 +12,7 @@ import hashlib
 import io
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 from models import head_prefix
-from utils.atomic import replacing
 from utils.errors import InputError
+from utils.files import replacing
 
 IMAGENET = "torchvision's ImageNet weights"
 LAST, BEST_SA, BEST_RA = "checkpoint.pth.tar", "model_SA_best.pth.tar", "model_RA_best.pth.tar"
@@ -31,9 +31,7 @@ LAST, BEST_SA, BEST_RA = "checkpoint.pth.tar", "model_SA_best.pth.tar", "model_R
 _NUMPY_SCALARS = [
     np.dtype,
     np.ndarray,
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.float32)),
-    type(np.dtype(np.int64)),
+    *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)),
     (np.core if np.__version__.startswith("1.") else np._core).multiarray.scalar,
 ]
 
@@ -86,7 +84,7 @@ def state_dict_of(checkpoint: Mapping, path: str | os.PathLike) -> dict[str, Ten
     tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
     if not tensors:
         raise InputError(f"{path}: no tensors in it, so not a state dict")
-    tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
+    tensors = {str(k).removeprefix("module."): v for k, v in tensors.items()}
     for key, tensor in tensors.items():
         if not is_plain(tensor):
             raise InputError(f"{path}: {key} is no plain tensor")
@@ -109,18 +107,23 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     return state_dict_of(read(path), path)
 
 
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """16 hex digits of the SHA-256 over all names and bits, in the order of the names."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(tensors[key].detach().cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
 def backbone_hash(state: Mapping[str, Tensor]) -> str:
-    """16 hex digits over the weights outside head and normalization: which model this is.
+    """`tensors_hash` of the weights outside head and normalization: which model this is.
 
     The same for every file format and precision of storage that gives the same float32 values.
     """
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        if key.startswith(("normalize.", "fc.", "classifier.")) or key.endswith("_tracked"):
-            continue
-        digest.update(key.encode())
-        digest.update(state[key].detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    apart = ("normalize.", "fc.", "classifier.")
+    kept = [key for key in state if not (key.startswith(apart) or _counts(key))]
+    return tensors_hash({key: state[key].float() for key in kept})
 
 
 def load_model_weights(
@@ -128,26 +131,30 @@ def load_model_weights(
 ) -> None:
     """Load a fine-tuned model of the same classes into `model`.
 
-    Absent `normalize.*` keep the model's.
+    Absent `normalize.*` and counters of batch norm keep the model's.
     Raises InputError that lists missing and unexpected keys, or names the tensor whose shape
     differs (a head of another data set among them).
     """
     own = model.state_dict()
-    # Old files lack the counters of batch norm, and many the normalization: ours stand in.
-    optional = ("normalize.", "num_batches_tracked")
-    state = {**{k: v for k, v in own.items() if any(o in k for o in optional)}, **state}
-    _require_same_keys(own, state, arch, path)
-    head = head_prefix(arch)
+    state = {**{k: v for k, v in own.items() if k.startswith("normalize.") or _counts(k)}, **state}
+    wrong = {"missing": own.keys() - state.keys(), "unexpected": state.keys() - own.keys()}
+    told = [f"{what} {_first_of(keys)}" for what, keys in wrong.items() if keys]
+    if told:
+        raise InputError(f"{path} does not hold a {arch}: {'; '.join(told)}")
     for key, tensor in own.items():
-        if state[key].numel() == tensor.numel() and key.startswith("normalize."):
+        if key.startswith("normalize.") and state[key].numel() == tensor.numel():
             state[key] = state[key].reshape(tensor.shape)  # some files keep (1, 3, 1, 1)
         if state[key].shape != tensor.shape:
-            hint = "; its head is for another data set" if key.startswith(head) else ""
-            raise InputError(
-                f"{path}: {key} is {tuple(state[key].shape)}, {arch} here has "
-                f"{tuple(tensor.shape)}{hint}"
-            )
+            shapes = f"{tuple(state[key].shape)}, {arch} here has {tuple(tensor.shape)}"
+            head = key.startswith(head_prefix(arch))
+            hint = "; its head is for another data set" if head else ""
+            raise InputError(f"{path}: {key} is {shapes}{hint}")
     model.load_state_dict(state)
+
+
+def _first_of(keys: Collection[str]) -> str:
+    more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
+    return ", ".join(sorted(keys)[:6]) + more
 
 
 def load_pretrained(
@@ -164,30 +171,22 @@ def load_pretrained(
     their head is taken. Raises InputError for missing, unexpected or differently shaped keys beyond
     the head, and for a head to keep that doesn't fit.
     """
-    head, own = head_prefix(arch), model.state_dict()
-    theirs = {k: v for k, v in state.items() if k.startswith(head)}
-    fits = {k: v.shape for k, v in theirs.items()} == {
-        k: v.shape for k, v in own.items() if k.startswith(head)
-    }
+    own = {k: v for k, v in model.state_dict().items() if k.startswith(head_prefix(arch))}
+    head = {k: v for k, v in state.items() if k.startswith(head_prefix(arch))}
+    fits = {k: v.shape for k, v in head.items()} == {k: v.shape for k, v in own.items()}
     if keep_head and not fits:
-        classes = len(own[f"{head}bias"])
+        classes = len(own[f"{head_prefix(arch)}bias"])
         raise InputError(f"--keep_head: {path} holds no linear head of {classes} classes")
-    fits &= keep_head or arch.startswith("vgg")
-    dropped = [] if fits else sorted(theirs)
-    state = {k: v for k, v in state.items() if k not in dropped and not k.startswith("normalize.")}
-    skipped = ("normalize.", "num_batches_tracked")
-    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
-    ours = {k: v for k, v in own.items() if not any(s in k for s in skipped)}
-    if not fits:
-        ours = {k: v for k, v in ours.items() if not k.startswith(head)}
-    _require_same_keys(ours, state, arch, path)
-    for key, tensor in ours.items():
-        if state[key].shape != tensor.shape:
-            raise InputError(
-                f"{path}: {key} is {tuple(state[key].shape)}, {arch} has {tuple(tensor.shape)}"
-            )
-    model.load_state_dict(state, strict=False)
-    return dropped
+    taken = head if keep_head or (fits and arch.startswith("vgg")) else own
+    rest = {k: v for k, v in state.items() if k not in head}
+    rest = {k: v for k, v in rest.items() if not (k.startswith("normalize.") or _counts(k))}
+    load_model_weights(model, arch, {**rest, **taken}, path)
+    return sorted(head) if taken is own else []
+
+
+def _counts(key: str) -> bool:
+    """Whether `key` counts the batches that a batch norm has seen; old files lack these."""
+    return key.endswith("num_batches_tracked")
 
 
 def pretrained_state_dict(source: str | os.PathLike, arch: str) -> dict[str, Tensor]:
@@ -215,17 +214,3 @@ def save(checkpoint: Mapping, path: str | os.PathLike) -> None:
         buffer = io.BytesIO()
         torch.save(dict(checkpoint), buffer)
         temporary.write_bytes(buffer.getbuffer())
-
-
-def _require_same_keys(
-    wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], arch: str, path: str | os.PathLike
-) -> None:
-    missing = sorted(wanted.keys() - given.keys())
-    unexpected = sorted(given.keys() - wanted.keys())
-    if missing or unexpected:
-        told = [
-            f"{what} {', '.join(keys[:6])}{f' and {len(keys) - 6} more' if len(keys) > 6 else ''}"
-            for what, keys in (("missing", missing), ("unexpected", unexpected))
-            if keys
-        ]
-        raise InputError(f"{path} does not hold a {arch}: {'; '.join(told)}")

@@ -45,7 +45,7 @@ def session(device: str) -> Iterator[None]:
     Raises InputError for one certain GPU, and for more processes than GPUs.
     """
     launched = dist.is_available() and dist.is_torchelastic_launched()
-    if not launched or int(os.environ["WORLD_SIZE"]) == 1:
+    if not launched or os.environ["WORLD_SIZE"] == "1":
         yield
         return
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
@@ -53,21 +53,19 @@ def session(device: str) -> Iterator[None]:
         raise InputError(f"--device {device}: torchrun gives each process its own; say cuda or cpu")
     gpu = None
     if cuda:
-        local, wanted = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        if wanted > torch.cuda.device_count():
+        wanted, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if wanted > gpus:
             raise InputError(
-                f"--nproc_per_node={wanted}: this machine has {torch.cuda.device_count()} GPUs, "
-                "and each process needs its own"
+                f"--nproc_per_node={wanted}: this machine has {gpus} GPUs, each process needs one"
             )
-        torch.cuda.set_device(local)
-        gpu = torch.device("cuda", local)
-    with contextlib.ExitStack() as stack:
+        gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(gpu)
+    with contextlib.ExitStack() as stack, open(os.devnull, "w") as nowhere:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT, device_id=gpu)
         stack.callback(dist.destroy_process_group)
         if rank() > 0:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
+            for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+                stack.enter_context(redirect(nowhere))
         yield
 
 
@@ -110,9 +108,7 @@ def synchronized(model: nn.Module) -> nn.Module:
 
 def data_parallel(model: nn.Module) -> nn.Module:
     """`model`, or a wrapper whose backward pass averages the gradients over the processes."""
-    if ranks() == 1:
-        return model
-    return DistributedDataParallel(model)
+    return model if ranks() == 1 else DistributedDataParallel(model)
 
 
 def share_buffers(model: nn.Module) -> None:

@@ -1,32 +1,28 @@
 """Train and evaluate: the loops, without a host synchronization inside them.
 
-Images stay uint8 on the device until the batch is made (datasets.loader); metrics are summed on
-the device and read once per print interval. On CUDA, and on CPUs with native bf16, the forward
-pass runs in bf16 autocast with channels_last memory; weights and the update stay float32. On CUDA
-the whole training step is one CUDA graph (`TrainStep`).
+Batches come as floats on the model's device (datasets.loader); metrics are summed there and read
+once per print interval. On CUDA, and on CPUs with native bf16, the forward pass runs in bf16
+autocast with channels_last memory; weights and the update stay float32. On CUDA the whole training
+step is one CUDA graph (`TrainStep`).
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import SGD
 from tqdm import tqdm
 
-from datasets.images import ImageSet
-from datasets.loader import BatchLoader
 from utils import distributed
 from utils.errors import InputError
 
-# Images of 32×32 evaluated at once: on a CPU what its caches hold; on a GPU, where larger images
-# are fewer at once (`eval_batch`), a VGG's largest activations then take 0.7 GB.
-EVAL_BATCH = {"cpu": 250, "cuda": 5000}
 # Steps before one is recorded: cuDNN tries its algorithms in them, the optimizer makes its state.
 _WARM_UP = 3
 
@@ -48,21 +44,18 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-@functools.cache
-def has_native_bf16(device_type: str) -> bool:
-    """Whether bf16 products run in hardware: CUDA from Ampere on, CPUs with the instructions."""
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
 def use_amp(device: torch.device, wanted: bool | None) -> bool:
-    """Whether to run in bf16: as `wanted`, or by itself (None) wherever the hardware has it."""
-    return has_native_bf16(device.type) if wanted is None else wanted
+    """Whether to run in bf16: as `wanted`; None: where the hardware multiplies in it.
+
+    That is CUDA from Ampere on, and CPUs with the instructions (told on Linux only).
+    """
+    if wanted is not None:
+        return wanted
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def be_deterministic() -> None:
@@ -99,8 +92,13 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
     model.compile()
 
 
-@dataclass(frozen=True)
-class TrainStats:
+def sgd(model: nn.Module, lr: float, momentum: float = 0.9, weight_decay: float = 5e-4) -> SGD:
+    """SGD over all parameters of `model`, which is on its device: fused where torch has that."""
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    return SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, fused=fused)
+
+
+class TrainStats(NamedTuple):
     """Means over one epoch of training: cross-entropy in nats, accuracy in percent."""
 
     loss: float
@@ -110,40 +108,31 @@ class TrainStats:
 class TrainStep:
     """One step of training on a batch: forward, cross-entropy, backward, update, sums in `total`.
 
-    On CUDA, with fused SGD and batches of one shape, the step is recorded as a CUDA graph after a
-    few calls and from then on replayed: at batch 128 a large GPU would wait for the launches of its
+    On CUDA, with fused SGD, the step is recorded as a CUDA graph after a few calls with batches of
+    one shape and from then on replayed: at batch 128 a large GPU would wait for the launches of its
     kernels. What is recorded is `_run`, which is also called directly for a batch of another shape
     (the last of an epoch), while options of the optimizer other than the learning rate change, on
-    other devices, and with several processes (distributed). `graph` False: always, for debugging;
-    a forward pass that reads a value back to the host can't be recorded.
+    other devices, and with several processes (distributed). A forward pass that reads a value back
+    to the host can't be recorded.
+    The optimizer has one group of parameters, as `sgd` makes it.
     The graph writes to the tensors it has seen: make a new TrainStep after loading optimizer state.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        amp: bool,
-        graph: bool = True,
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: SGD, *, amp: bool) -> None:
         self.model = distributed.data_parallel(model)
-        self.optimizer = optimizer
-        self.amp = amp
+        self.optimizer, self.amp = optimizer, amp
         self.device = next(model.parameters()).device
         self.total = torch.zeros(2, device=self.device)  # Σ loss · n, Σ correct
-        groups = optimizer.param_groups
-        on_gpu = self.device.type == "cuda" and isinstance(optimizer, torch.optim.SGD)
         # Fused SGD reads a learning rate that is a tensor on the device there, so that a recorded
-        # step follows a schedule.
-        self.rates = []
-        if on_gpu and all(group["fused"] for group in groups):
-            self.rates = [torch.zeros((), device=self.device) for _ in groups]
-        self.recordable = graph and bool(self.rates) and distributed.ranks() == 1
-        self.stream = torch.cuda.Stream(self.device) if self.recordable else None
+        # step follows a schedule. Where there is no such tensor, no step is recorded.
+        self.rate: Tensor | None = None
+        fused = optimizer.param_groups[0]["fused"]
+        if self.device.type == "cuda" and fused and distributed.ranks() == 1:
+            self.rate = torch.zeros((), device=self.device)
+            self.stream = torch.cuda.Stream(self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.kind: tuple | None = None  # of the steps in the graph, or seen `alike` times so far
-        self.alike = 0
+        # The key of the graph, or without one that of the last step and how many had it before.
+        self.key, self.alike = None, 0
 
     def __call__(self, images: Tensor, labels: Tensor, share: float = 1.0) -> None:
         """Train on images float32 (n, 3, H, W) in [0, 1] with labels int64 (n,).
@@ -151,59 +140,43 @@ class TrainStep:
         share: what the mean over these images weighs in the gradient, where several processes
         average theirs.
         """
-        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=False):
-            rate.fill_(group["lr"])
-        if not self.recordable:
-            self._run(images, labels, share)
-            return
-        kind = self._kind(images)
+        if self.rate is None:
+            return self._run(images, labels, share)
+        self.rate.fill_(self.optimizer.param_groups[0]["lr"])
+        key = self._key(images)
         if self.graph is None:
-            self.alike = self.alike + 1 if kind == self.kind else 0
-            self.kind = kind
+            self.alike = self.alike + 1 if key == self.key else 0
+            self.key = key
             if self.alike < _WARM_UP:
-                self._warm_up(images, labels)
-                return
+                return self._warm_up(images, labels)
             self._record(images, labels)
-        if kind == self.kind:
-            self.images.copy_(images)
-            self.labels.copy_(labels)
-            self.graph.replay()
-        else:
-            self._run(images, labels)
+        if key != self.key:
+            return self._run(images, labels)
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.graph.replay()
 
     def _run(self, images: Tensor, labels: Tensor, share: float = 1.0) -> None:
         images = images.contiguous(memory_format=torch.channels_last)
         # Each weight is cast to bf16 once a step; a cache of the casts must not be in a graph.
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.amp, cache_enabled=False
-        ):
+        with torch.autocast(self.device.type, torch.bfloat16, self.amp, cache_enabled=False):
             logits = self.model(images)
             loss = F.cross_entropy(logits, labels)
         self.optimizer.zero_grad(set_to_none=True)
         (loss * share).backward()
-        self._update()
-        with torch.no_grad():
-            self.total += torch.stack(
-                [loss.detach().float() * len(labels), (logits.argmax(1) == labels).sum()]
-            )
-
-    def _update(self) -> None:
-        """The optimizer's step, with its learning rates as tensors where it takes them."""
-        groups = self.optimizer.param_groups
-        rates = [group["lr"] for group in groups]
-        for group, rate in zip(groups, self.rates or rates, strict=True):
-            group["lr"] = rate
+        (group,) = self.optimizer.param_groups
+        lr = group["lr"]
+        group["lr"] = lr if self.rate is None else self.rate
         self.optimizer.step()
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate
+        group["lr"] = lr
+        with torch.no_grad():
+            correct = (logits.argmax(1) == labels).sum()
+            self.total += torch.stack([loss.float() * len(labels), correct])
 
-    def _kind(self, images: Tensor) -> tuple:
-        """What must not change for a recorded step to be the step wanted."""
-        fixed = [
-            {key: value for key, value in group.items() if key not in ("params", "lr")}
-            for group in self.optimizer.param_groups
-        ]
-        return images.shape, fixed
+    def _key(self, images: Tensor) -> tuple:
+        """Key of the CUDA graph: batch shape and optimizer options."""
+        (group,) = self.optimizer.param_groups
+        return images.shape, {k: v for k, v in group.items() if k not in ("params", "lr")}
 
     def _warm_up(self, images: Tensor, labels: Tensor) -> None:
         """A step on the stream of the recording, as CUDA graphs ask for."""
@@ -225,8 +198,8 @@ class TrainStep:
 
 def train_epoch(
     model: nn.Module,
-    loader: BatchLoader,
-    optimizer: torch.optim.Optimizer,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    optimizer: SGD,
     *,
     amp: bool,
     print_freq: int = 100,
@@ -236,6 +209,8 @@ def train_epoch(
 ) -> TrainStats:
     """One pass of `loader` through `model` with cross-entropy, updating by `optimizer`.
 
+    `loader`: batches as `TrainStep` takes them, and their number by len(); of several processes,
+    also `whole_batch` (`BatchLoader`).
     `schedule`: a learning-rate schedule to advance with every step, if there is one.
     `step`: the TrainStep of this model and optimizer, to use its CUDA graph in every epoch.
     Of several processes each passes over its part, and all get the means over the whole.
@@ -255,7 +230,8 @@ def train_epoch(
                 schedule.step()
             seen += whole
             if number % print_freq == 0 or number == len(loader):
-                stats = _read(distributed.total(step.total.clone()), seen)
+                loss, correct = distributed.total(step.total.clone()).tolist()
+                stats = TrainStats(loss / seen, 100 * correct / seen)
                 if not math.isfinite(stats.loss):
                     where = f"at step {number} of {title}"
                     raise _not_finite(f"the training loss is {stats.loss} {where}", optimizer)
@@ -268,48 +244,29 @@ def train_epoch(
     return stats
 
 
-def _not_finite(what: str, optimizer: torch.optim.Optimizer) -> InputError:
+def _not_finite(what: str, optimizer: SGD) -> InputError:
     lr = optimizer.param_groups[0]["lr"]
     return InputError(f"{what} with --lr {lr:g}; a smaller learning rate may help")
 
 
-def _read(total: Tensor, seen: int) -> TrainStats:
-    loss, correct = total.tolist()
-    return TrainStats(loss / seen, 100 * correct / seen)
-
-
-def eval_batch(images: ImageSet, device: torch.device) -> int:
-    """How many of `images` are evaluated at once on `device`."""
-    if device.type != "cuda":
-        return EVAL_BATCH["cpu"]
-    height, width = images.images.shape[-2:]
-    return max(1, EVAL_BATCH["cuda"] * 32 * 32 // (height * width))
-
-
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, images: ImageSet, *, amp: bool, batch_size: int | None = None, title: str = ""
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, amp: bool, title: str = ""
 ) -> float:
-    """Top-1 accuracy of `model` on `images`, in percent. The model's mode is left as it was.
+    """Top-1 accuracy of `model`, in percent. The model's mode is left as it was.
 
-    Images that lie on the model's device (`ImageSet.to`) are not copied there again. Of several
-    processes each takes its part, and all get the accuracy on the whole.
+    `batches`: images float32 (n, 3, H, W) in [0, 1] and labels int64 (n,), on the model's device.
+    Of several processes each has its part of them, and all get the accuracy on the whole.
     """
     device = next(model.parameters()).device
-    ranks = distributed.ranks()
-    loader = BatchLoader(
-        images,
-        (batch_size or eval_batch(images, device)) * ranks,
-        device=device,
-        rank=distributed.rank(),
-        ranks=ranks,
-    )
-    correct = torch.zeros((), dtype=torch.int64, device=device)
+    correct = seen = 0
     training = model.training
     model.eval()
-    for batch, labels in tqdm(loader, desc=title, disable=None, leave=False):
-        batch = batch.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            correct += (model(batch).argmax(1) == labels).sum()
+    for images, labels in tqdm(batches, desc=title, disable=None, leave=False):
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, amp):
+            correct += (model(images).argmax(1) == labels).sum()
+        seen += len(labels)
     model.train(training)
-    return 100 * distributed.total(correct).item() / len(images)
+    correct, seen = distributed.total(torch.tensor([correct, seen], device=device)).tolist()
+    return 100 * correct / seen

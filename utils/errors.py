@@ -27,12 +27,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _one_line(message: Warning | str | Exception) -> str:
-    return " ".join(str(message).split("\n"))
-
-
-def _show_warning(message: Warning | str, *_: object) -> None:
-    print(f"warning: {_one_line(message)}", file=sys.stderr)
+def _say(kind: str, message: object) -> None:
+    print(f"{kind}:", *str(message).split("\n"), file=sys.stderr)  # one line
 
 
 # What the system may refuse at any place where a file is looked at; another OSError is a bug.
@@ -63,23 +59,20 @@ def script_errors() -> Iterator[None]:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = lambda message, *_: _say("warning", message)
             yield
-    except InputError as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.errno not in _REFUSED:
+                raise
+            error = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        _say("error", error)
         raise SystemExit(2) from None
-    except OSError as error:
-        if error.errno not in _REFUSED:
-            raise
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {_one_line(place)}{error.strerror}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except Terminated:
-        print("terminated", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, Terminated)
+        print("terminated" if terminated else "interrupted", file=sys.stderr)
+        number = signal.SIGTERM if terminated else signal.SIGINT
+        raise SystemExit(128 + number) from None
     finally:
         if ours:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,41 +1,29 @@
 """Accuracies that were measured once: kept in a file, looked up by what determines them.
 
-An accuracy is determined by the weights evaluated, the images and the arithmetic; its key is a hash
-over these, so that one measured for one experiment serves every other and a killed run goes on.
+An accuracy is determined by the weights evaluated, the images and the arithmetic. Its key names
+these by hashes, so one measured for one experiment serves every other, and a killed run goes on.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-
-from torch import Tensor
 
 from utils import report
 from utils.errors import InputError
-from utils.lock import hold
-
-
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """16 hexadecimal digits of the SHA-256 over all names and bits, in the order of the names."""
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        digest.update(key.encode())
-        digest.update(tensors[key].detach().cpu().contiguous().numpy())
-    return digest.hexdigest()[:16]
+from utils.files import hold
 
 
 class Measurements:
-    """Accuracies, in percent, in the JSON file `path`.
+    """Accuracies, in percent, in the JSON file `path`; without one, in memory only.
 
     Raises InputError where the file holds something else.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self.known: dict[str, float] = self._read()
+        self.known = self._read() if path else {}
 
     def _read(self) -> dict[str, float]:
         if not self.path.exists():
@@ -52,6 +40,8 @@ class Measurements:
         """The accuracy under `key`, by `measure` where it is not known yet; kept at once."""
         if key not in self.known:
             self.known[key] = measure()
+            if self.path is None:
+                return self.known[key]
             with hold(self.path.with_name(f".{self.path.name}.lock")):
                 self.known = self._read() | self.known  # another process may have added some
                 report.write_json(self.path, self.known)

@@ -10,12 +10,14 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import torch
 import torchvision
 
-from utils.atomic import write_text
+from utils.files import write_text
 
 
 def header(title: str, facts: Mapping[str, object]) -> None:
@@ -72,12 +74,6 @@ def write_json(path: str | os.PathLike, content: Mapping) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def mean(values: Iterable[float]) -> float:
-    """The arithmetic mean of at least one value."""
-    values = list(values)
-    return sum(values) / len(values)
-
-
 def recovered(standard: float, patched: float, robust: float) -> float | None:
     """Share of the robust model's gain in RA that a patch recovers, in percent; None without one.
 
@@ -87,21 +83,35 @@ def recovered(standard: float, patched: float, robust: float) -> float | None:
 
 
 def write_csv(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
-    """Write `rows` to `path` as CSV, atomically: a column per key, those of inner dicts "a.b"."""
-    flat = [_flat(row) for row in rows]
-    columns = list(dict.fromkeys(key for row in flat for key in row))
+    """Write `rows` to `path` as CSV, atomically: a column per key that any of them has."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(flat)
+    writer.writerows(rows)
     write_text(path, text.getvalue())
 
 
-def _flat(row: Mapping, prefix: str = "") -> dict[str, object]:
-    items = {}
-    for key, value in row.items():
-        if isinstance(value, Mapping):
-            items |= _flat(value, f"{prefix}{key}.")
-        else:
-            items[f"{prefix}{key}"] = value
-    return items
+def patching_table(rows: Sequence[dict], own: Sequence[str]) -> str:
+    """The Markdown table of a run: TA, RA per corruption, mean RA, share recovered."""
+    count = len(rows[0]["RA"])
+    extra = [f"RA all {count}, %"] if count > len(own) else []
+    columns = ["model", "TA, %", *(f"RA {c}, %" for c in own), "RA mean, %", *extra]
+    lines = []
+    for row in rows:
+        every = fmean(row["RA"].values()) if len(row["RA"]) == count else None
+        line = [row["model"], row["TA"], *(row["RA"].get(c) for c in own), row["RA_mean"]]
+        lines.append([*line, *([every] if extra else []), row.get("recovered")])
+    return markdown_table([*columns, "recovered, %"], lines)
+
+
+def warn_below_chance(rows: Sequence[dict], classes: int) -> None:
+    """Warn of each patched row with an accuracy below that of guessing."""
+    for row in rows:
+        lowest = min(row["TA"], *row["RA"].values())
+        if row["model"].startswith("patched") and lowest < 100 / classes:
+            warnings.warn(
+                f"{row['model']}: an accuracy of {lowest:.1f} % is below chance, "
+                f"{100 / classes:.1f} %; do model, signatures and data set belong together?",
+                stacklevel=2,
+            )

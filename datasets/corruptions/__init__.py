@@ -9,6 +9,7 @@ blur.py, weather.py or digital.py, with the table of its constants beside it.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from datasets.corruptions import blur, digital, noise, weather
 from datasets.corruptions.draws import BLOCK, Draws
-from datasets.corruptions.filters import full_precision
 from utils.errors import InputError, suggest
 
 # name → (function, its constants {32: severity 1..5, 64: the same for images above 48 pixels})
@@ -44,6 +44,7 @@ _TABLE = {
     "saturate": (digital.saturate, digital.SATURATE),
 }
 CORRUPTIONS = tuple(_TABLE)
+SEVERITIES = 5
 # name → "noise", "blur", "weather" or "digital", the file it is defined in
 FAMILIES = {name: function.__module__.rpartition(".")[2] for name, (function, _) in _TABLE.items()}
 
@@ -65,7 +66,8 @@ def corrupt(
     frost_dir: folder with the frost photographs, for "frost". Returns uint8 (N, 3, H, W) on the
     same device. Raises InputError for an unknown name, severity, shape or dtype.
     """
-    _check(images, name, severity)
+    check(name, severity)
+    _check_images(images, name)
     return _corrupt(images, name, severity, _base_seed(generator), 0, frost_dir)
 
 
@@ -82,7 +84,8 @@ def corrupt_chunks(
     For sets too large to have twice in memory. device: where each chunk is moved and corrupted
     (default: where `images` are); the draws are those of `corrupt` on that device.
     """
-    _check(images, name, severity)
+    check(name, severity)
+    _check_images(images, name)
     seed = _base_seed(generator)
     first = images[:1].to(device)
     side_by_side = torch.get_num_threads() if first.device.type == "cpu" else 1
@@ -105,21 +108,35 @@ def _corrupt(
     function, table = _TABLE[name]
     c = table[32 if max(images.shape[-2:]) <= 48 else 64][severity - 1]
     parameters = inspect.signature(function).parameters
-    options = {"frost_dir": frost_dir} if "frost_dir" in parameters else {}
     chunk = BLOCK * _blocks_per_chunk(images)
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
 
     def work(start: int) -> None:
         part = images[start : start + chunk].contiguous()
-        drawn = ()
+        more = {"frost_dir": frost_dir} if "frost_dir" in parameters else {}
         if "draws" in parameters:
-            drawn = (Draws(len(part), images.device, seed, first_block + start // BLOCK),)
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            out[start : start + chunk] = function(part, c, *drawn, **options)
+            more["draws"] = Draws(len(part), images.device, seed, first_block + start // BLOCK)
+        out[start : start + chunk] = function(part, c, **more)
 
-    with full_precision():
+    with _full_precision():
         _for_each(work, range(0, len(images), chunk), images.device)
     return out
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """Matrix products in float32, whatever training allows: TF32 and bf16 would move pixel values.
+
+    Under it integers above 2048 stay exact. The precision holds for the process, as PyTorch keeps
+    it; autocast, which each thread has of its own, is off in new ones anyway.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _for_each(work: Callable[[int], None], starts: range, device: torch.device) -> None:
@@ -148,26 +165,27 @@ def _blocks_per_chunk(images: Tensor) -> int:
     return max(1, 2**24 // (BLOCK * images[0].numel()))
 
 
-def _check(images: Tensor, name: str, severity: int) -> None:
+def check(name: str, severity: int) -> None:
+    """Raise InputError unless `name` is one of CORRUPTIONS and `severity` 1 to SEVERITIES."""
     if name not in CORRUPTIONS:
         raise InputError(
             f"unknown corruption {name!r}{suggest(str(name), CORRUPTIONS)}; "
             f"known: {', '.join(CORRUPTIONS)}"
         )
-    if isinstance(severity, bool) or severity not in (1, 2, 3, 4, 5):
-        raise InputError(f"severity is {severity!r}; it must be 1, 2, 3, 4 or 5")
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise InputError(f"images are {kind}; corruptions take a torch.uint8 tensor, 0 to 255")
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise InputError(f"images have shape {tuple(images.shape)}; it must be (N, 3, H, W)")
-    if min(images.shape[-2:]) < MIN_SIDE:
+    if isinstance(severity, bool) or severity not in range(1, SEVERITIES + 1):
+        raise InputError(f"--severity {severity}: must be a whole number from 1 to {SEVERITIES}")
+
+
+def _check_images(images: Tensor, name: str) -> None:
+    if not isinstance(images, Tensor):
+        raise InputError(f"images must be a uint8 tensor, not {type(images).__name__}")
+    shape = tuple(images.shape)
+    if images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
+        raise InputError(f"images must be uint8 (N, 3, H, W), not {images.dtype} {shape}")
+    size = f"{shape[2]}×{shape[3]}"
+    if min(shape[2:]) < MIN_SIDE:
         raise InputError(
-            f"images are {images.shape[-2]}×{images.shape[-1]}; corruptions need at least "
-            f"{MIN_SIDE}×{MIN_SIDE} pixels"
+            f"images are {size}; corruptions need {MIN_SIDE}×{MIN_SIDE} pixels or more"
         )
-    if name == "elastic_transform" and images.shape[-2] != images.shape[-1]:
-        raise InputError(
-            f"images are {images.shape[-2]}×{images.shape[-1]}; elastic_transform is in units of "
-            "the side and takes square images only"
-        )
+    if name == "elastic_transform" and shape[2] != shape[3]:
+        raise InputError(f"images are {size}; elastic_transform takes square images only")

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasets.corruptions.filters import band_matrix, full_precision, gaussian_taps, truncate
+from datasets.corruptions.filters import band_matrix, gaussian_taps, on_device, truncate
 
 CONTRAST = {32: (0.75, 0.5, 0.4, 0.3, 0.15), 64: (0.4, 0.3, 0.2, 0.1, 0.05)}
 
@@ -39,12 +39,6 @@ PIXELATE = {32: (0.95, 0.9, 0.85, 0.75, 0.65), 64: (0.9, 0.8, 0.7, 0.6, 0.5)}
 
 # JPEG quality
 JPEG_COMPRESSION = {32: (80, 65, 58, 50, 40), 64: (65, 58, 50, 40, 25)}
-
-
-@functools.lru_cache(maxsize=64)
-def _on_device(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
-    """A table as a float32 tensor; kept, as copying one to a GPU waits for the GPU."""
-    return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -105,9 +99,8 @@ def elastic_transform(images: Tensor, c: tuple[float, float, float], draws) -> T
         noise = draws.uniform(2, side, side, low=-1.0, high=1.0)
         taps = gaussian_taps(sigma * side, truncate=3.0)
         smooth = band_matrix(side, taps, "symmetric", x.device)
-        with full_precision():
-            # grid_sample's pixel is 2/H wide, so a·H pixels are 2a.
-            fields = torch.matmul(2 * a * smooth, torch.matmul(noise, smooth.T))
+        # grid_sample's pixel is 2/H wide, so a·H pixels are 2a.
+        fields = torch.matmul(2 * a * smooth, torch.matmul(noise, smooth.T))
         centres = (torch.arange(side, device=x.device) * 2 + 1) / side - 1
         fields[:, 0] += centres
         fields[:, 1] += centres[:, None]
@@ -124,7 +117,7 @@ def _affine_grid(moves: Tensor, side: int) -> Tensor:
     L·(q₀ − q₁) = p₀ − p₁ = (0, 2s) and L·(q₂ − q₁) = p₂ − p₁ = (−2s, 0).
     """
     c, s = side / 2, side // 3
-    p = _on_device(((c + s, c + s), (c + s, c - s), (c - s, c - s)), moves.device)
+    p = on_device(((c + s, c + s), (c + s, c - s), (c - s, c - s)), moves.device)
     q = p + moves
     u, v = (q[:, 0] - q[:, 1]).unbind(-1), (q[:, 2] - q[:, 1]).unbind(-1)
     scale = 2 * s / (u[0] * v[1] - v[0] * u[1])
@@ -155,11 +148,10 @@ def pixelate(images: Tensor, c: float) -> Tensor:
     n, channels, height, width = images.shape
     across, across_count = _box_nearest(width, int(width * c), images.device)
     down, down_count = _box_nearest(height, int(height * c), images.device)
-    with full_precision():
-        # Sums by 0/1 matrices, then a division: halves stay exact, so they round up.
-        x = torch.matmul(images.float().reshape(-1, width), across.T)
-        x = x.div_(across_count).add_(0.5).floor_().view(n * channels, height, width)
-        x = torch.matmul(down, x)
+    # Sums by 0/1 matrices, then a division: halves stay exact, so they round up.
+    x = torch.matmul(images.float().reshape(-1, width), across.T)
+    x = x.div_(across_count).add_(0.5).floor_().view(n * channels, height, width)
+    x = torch.matmul(down, x)
     x = x.div_(down_count[:, None]).add_(0.5)
     return x.to(torch.uint8).view(n, channels, height, width)
 
@@ -234,16 +226,15 @@ def jpeg_compression(images: Tensor, c: int) -> Tensor:
     # Transposing bytes, then widening them, is ten times as fast as both at once on a CPU.
     x = images.reshape(n, -1).T.contiguous().float().view(channels, height, width, n)
     y, chroma = _rgb_to_ycc(x)
-    with full_precision():
-        y = _code(_pad_to_blocks(y), _table(_LUMINANCE, c, device))[:, :height, :width]
-        # Sums of 2×2, then a bias of 1 in even and 2 in odd columns in place of rounding.
-        chroma = _both_ways(_halving(height, True, device), _halving(width, False, device), chroma)
-        chroma = chroma.add_(_alternating(chroma.shape[2], 1, 2, device)).mul_(0.25).floor_()
-        chroma = _code(chroma, _table(_CHROMINANCE, c, device))
-        chroma = chroma[:, : (height + 1) // 2, : (width + 1) // 2]
-        # The triangle filter's halves round up in even columns and down in odd ones.
-        chroma = _both_ways(_doubling(height, device), _doubling(width, device), chroma)
-        chroma = chroma.add_(_alternating(width, 8 / 16, 7 / 16, device)).floor_()
+    y = _code(_pad_to_blocks(y), _table(_LUMINANCE, c, device))[:, :height, :width]
+    # Sums of 2×2, then a bias of 1 in even and 2 in odd columns in place of rounding.
+    chroma = _both_ways(_halving(height, True, device), _halving(width, False, device), chroma)
+    chroma = chroma.add_(_alternating(chroma.shape[2], 1, 2, device)).mul_(0.25).floor_()
+    chroma = _code(chroma, _table(_CHROMINANCE, c, device))
+    chroma = chroma[:, : (height + 1) // 2, : (width + 1) // 2]
+    # The triangle filter's halves round up in even columns and down in odd ones.
+    chroma = _both_ways(_doubling(height, device), _doubling(width, device), chroma)
+    chroma = chroma.add_(_alternating(width, 8 / 16, 7 / 16, device)).floor_()
     x = _ycc_to_rgb(y, chroma).to(torch.uint8)
     return x.view(-1, n).T.contiguous().view(n, channels, height, width)
 
@@ -252,7 +243,7 @@ def _table(rows: tuple[tuple[int, ...], ...], quality: int, device: torch.device
     """Annex K table at a quality, as float32 (8, 1, 8, 1): vertical, block, horizontal, image."""
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
     steps = [[min(max((t * scale + 50) // 100, 1), 255) for t in row] for row in rows]
-    return _on_device(tuple(map(tuple, steps)), device).view(8, 1, 8, 1)
+    return on_device(tuple(map(tuple, steps)), device).view(8, 1, 8, 1)
 
 
 def _rgb_to_ycc(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -341,7 +332,7 @@ def _code(x: Tensor, table: Tensor) -> Tensor:
     to 1/4 and rows to integers on the way back, halves up.
     """
     channels, height, width, n = x.shape
-    dct = _on_device(_DCT, x.device)
+    dct = on_device(_DCT, x.device)
     rows = (channels * height * width // 8, 8, n)
     columns = (channels * height // 8, 8, width * n)
 

@@ -28,26 +28,20 @@ class Draws:
             torch.Generator(self.device).manual_seed(seed + block) for block in blocks
         ]
 
-    def _blocks(self, out: Tensor):
-        return zip(out.split(BLOCK), self._generators, strict=True)
+    def _filled(self, shape: tuple[int, ...], dtype: torch.dtype, fill: str, *limits) -> Tensor:
+        out = torch.empty(self.n, *shape, dtype=dtype, device=self.device)
+        for part, generator in zip(out.split(BLOCK), self._generators, strict=True):
+            getattr(part, fill)(*limits, generator=generator)
+        return out
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal draws, float32 (n, *shape)."""
-        out = torch.empty(self.n, *shape, device=self.device)
-        for part, generator in self._blocks(out):
-            part.normal_(generator=generator)
-        return out
+        return self._filled(shape, torch.float32, "normal_")
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Uniform draws from [low, high), float32 (n, *shape)."""
-        out = torch.empty(self.n, *shape, device=self.device)
-        for part, generator in self._blocks(out):
-            part.uniform_(low, high, generator=generator)
-        return out
+        return self._filled(shape, torch.float32, "uniform_", low, high)
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         """Uniform integers from {low, …, high − 1}, int64 (n, *shape)."""
-        out = torch.empty(self.n, *shape, dtype=torch.int64, device=self.device)
-        for part, generator in self._blocks(out):
-            part.random_(low, high, generator=generator)
-        return out
+        return self._filled(shape, torch.int64, "random_", low, high)

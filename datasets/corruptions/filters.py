@@ -1,4 +1,4 @@
-"""Steps that several corruptions share: precision, 8-bit conversion, filters, motion blur, zoom.
+"""Steps that several corruptions share: 8-bit conversion, constants, filters, motion blur, zoom.
 
 Linear filters along one axis are small dense matrices, borders included: on a batch, a product
 with a 32×32 or 64×64 matrix is faster than a loop over taps, on CPUs and GPUs alike.
@@ -6,10 +6,8 @@ with a 32×32 or 64×64 matrix is faster than a loop over taps, on CPUs and GPUs
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -19,22 +17,6 @@ from torch import Tensor
 # Rounding leaves what is a whole number in exact arithmetic up to this much below it, and
 # truncation would make it one less.
 TRUNCATION_SLACK = {torch.float32: 1 / 8192, torch.float64: 1e-9}
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Matrix products in float32, whatever training allows: TF32 and bf16 would move pixel values.
-
-    Under it integers above 2048 stay exact. The precision holds for the process, as PyTorch keeps
-    it; autocast is off in this thread.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -50,6 +32,12 @@ def to_uint8(x: Tensor) -> Tensor:
 def truncate(v: Tensor) -> Tensor:
     """float32 or float64 (…) on the 0…255 scale to uint8: clip, truncate. Overwrites `v`."""
     return v.add_(TRUNCATION_SLACK[v.dtype]).clamp_(0, 255).to(torch.uint8)
+
+
+@functools.lru_cache(maxsize=64)
+def on_device(table: tuple, device: torch.device) -> Tensor:
+    """A table of constants as a float32 tensor; kept, as copying one to a GPU waits for the GPU."""
+    return torch.tensor(table, dtype=torch.float32, device=device)
 
 
 def gaussian_taps(sigma: float, truncate: float = 4.0) -> tuple[float, ...]:
@@ -81,38 +69,13 @@ def band_matrix(
     return torch.from_numpy(matrix).to(device, dtype)
 
 
-def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Apply matrix `rows` (H', H) along the height and `columns` (W', W) along the width.
-
-    x: (…, H, W) of the matrices' dtype. Returns (…, H', W').
-    """
-    return rows @ (x @ columns.T)
-
-
-def gaussian_blur(x: Tensor, sigma: float, truncate: float = 4.0, border: str = "edge") -> Tensor:
-    """Gaussian filter of float32 or float64 (…, H, W); `truncate` and `border` as above."""
-    taps = gaussian_taps(sigma, truncate)
+def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
+    """Gaussian filter of float32 or float64 (…, H, W), edges replicated."""
+    taps = gaussian_taps(sigma)
     if len(taps) == 1:
         return x
-    rows, columns = (band_matrix(side, taps, border, x.device, x.dtype) for side in x.shape[-2:])
-    return separable(x, rows, columns)
-
-
-def correlate(x: Tensor, kernel: np.ndarray, border: str = "reflect") -> Tensor:
-    """Correlate float32 (n, C, H, W) with a small odd-sized kernel; no more than 8-bit weights
-    and values keep the result exact.
-
-    border: "reflect" (mirror without repeating the edge) or "replicate".
-    """
-    height, width = x.shape[-2:]
-    kernel = np.asarray(kernel)
-    ry, rx = kernel.shape[0] // 2, kernel.shape[1] // 2
-    padded = F.pad(x, (rx, rx, ry, ry), mode=border)
-    out = torch.zeros_like(x)
-    for (i, j), weight in np.ndenumerate(kernel):
-        if weight:
-            out.add_(padded[..., i : i + height, j : j + width], alpha=float(weight))
-    return out
+    rows, columns = (band_matrix(side, taps, "edge", x.device, x.dtype) for side in x.shape[-2:])
+    return rows @ (x @ columns.T)
 
 
 def motion_blur(images: Tensor, phi: Tensor, radius: int, sigma: float) -> Tensor:
@@ -179,5 +142,5 @@ def zoom_matrix(size: int, factor: float, device: torch.device | str = "cpu") ->
 
 def zoom(x: Tensor, factor: float) -> Tensor:
     """Zoom into the centre of float32 (…, H, W) by `factor`, as in `zoom_weights`."""
-    height, width = x.shape[-2:]
-    return separable(x, zoom_matrix(height, factor, x.device), zoom_matrix(width, factor, x.device))
+    rows, columns = (zoom_matrix(side, factor, x.device) for side in x.shape[-2:])
+    return rows @ (x @ columns.T)

@@ -37,53 +37,29 @@ SMALLEST_SIDE = 315  # of any photograph, and of any stand-in
 DARKEST = 14  # value in any photograph, so frost changes every pixel in both
 
 
-@dataclass(frozen=True)
-class Look:
-    """Statistics of one photograph, on the 0…255 scale.
-
-    size: height, width; mean: RGB; axes: the two main axes of colour, RGB per standard deviation;
-    skew: quadratic part of the first axis; spectrum: power along the first axis at 2⁻⁹, 2⁻⁸, …,
-    2⁻¹ cycles per pixel, in dB.
-    """
-
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    axes: tuple[tuple[float, ...], tuple[float, ...]]
-    skew: float
-    spectrum: tuple[float, ...]
-
-
-_WHITE = Look(
-    (315, 560),
+# Statistics of each photograph, on the 0…255 scale; the second and third show the same picture.
+SIZES = ((600, 900), (315, 560), (315, 560), (350, 527), (495, 660))  # height, width
+MEANS = (  # RGB
+    (82.0, 148.9, 163.9),
     (195.0, 199.5, 208.8),
-    ((20.3, 21.0, 21.5), (1.4, 0.2, -1.5)),
-    -0.17,
-    (50, 51, 28, 31, 24, 22, 15, 11, 0),
+    (195.0, 199.5, 208.8),
+    (151.6, 166.7, 179.5),
+    (102.1, 113.3, 125.2),
 )
-LOOKS = (
-    Look(
-        (600, 900),
-        (82.0, 148.9, 163.9),
-        ((29.5, 17.8, 13.8), (-8.6, 5.9, 11.0)),
-        0.09,
-        (59, 46, 36, 28, 21, 13, 11, 9, 0),
-    ),
-    _WHITE,  # the second and the third photograph show the same picture
-    _WHITE,
-    Look(
-        (350, 527),
-        (151.6, 166.7, 179.5),
-        ((27.9, 27.9, 29.1), (1.4, 1.0, -2.2)),
-        0.02,
-        (51, 39, 16, 24, 21, 17, 14, 10, 0),
-    ),
-    Look(
-        (495, 660),
-        (102.1, 113.3, 125.2),
-        ((37.8, 37.2, 36.2), (-1.2, -0.1, 1.3)),
-        0.08,
-        (42, 28, 31, 26, 22, 16, 11, 5, 0),
-    ),
+AXES = (  # the two main axes of colour, RGB per standard deviation
+    ((29.5, 17.8, 13.8), (-8.6, 5.9, 11.0)),
+    ((20.3, 21.0, 21.5), (1.4, 0.2, -1.5)),
+    ((20.3, 21.0, 21.5), (1.4, 0.2, -1.5)),
+    ((27.9, 27.9, 29.1), (1.4, 1.0, -2.2)),
+    ((37.8, 37.2, 36.2), (-1.2, -0.1, 1.3)),
+)
+SKEWS = (0.09, -0.17, -0.17, 0.02, 0.08)  # quadratic part of the first axis
+SPECTRA = (  # power along the first axis at 2⁻⁹, 2⁻⁸, …, 2⁻¹ cycles per pixel, in dB
+    (59, 46, 36, 28, 21, 13, 11, 9, 0),
+    (50, 51, 28, 31, 24, 22, 15, 11, 0),
+    (50, 51, 28, 31, 24, 22, 15, 11, 0),
+    (51, 39, 16, 24, 21, 17, 14, 10, 0),
+    (42, 28, 31, 26, 22, 16, 11, 5, 0),
 )
 
 
@@ -115,18 +91,12 @@ def textures(frost_dir: str | None, factor: float, device: torch.device) -> Text
 
 def _photographs(folder: Path) -> list[Tensor]:
     """The five photographs as uint8 (3, H, W), transparency dropped."""
-    if not folder.is_dir():
-        raise InputError(f"--frost_dir {folder}: no such folder")
     found = []
     for name in PHOTOGRAPHS:
         if not (folder / name).is_file():
-            raise InputError(
-                f"--frost_dir {folder}: {name} is missing; it must hold {', '.join(PHOTOGRAPHS)}"
-            )
-        try:
-            rgb = np.array(read_image(folder / name))
-        except InputError as error:
-            raise InputError(f"--frost_dir: can't read {name}: {error}") from error
+            wanted = ", ".join(PHOTOGRAPHS)
+            raise InputError(f"--frost_dir {folder}: {name} is missing; it must hold {wanted}")
+        rgb = np.array(read_image(folder / name))
         if min(rgb.shape[:2]) < SMALLEST_SIDE:
             raise InputError(
                 f"--frost_dir {folder}: {name} is {rgb.shape[1]}×{rgb.shape[0]}; the original "
@@ -140,25 +110,27 @@ def _photographs(folder: Path) -> list[Tensor]:
 def _synthetic() -> list[Tensor]:
     """Five textures from a fixed seed, with the looks of the photographs, as uint8 (3, H, W)."""
     generator = torch.Generator().manual_seed(20190527)
-    return [_random_texture(look, generator) for look in LOOKS]
+    looks = zip(SIZES, MEANS, AXES, SKEWS, SPECTRA, strict=True)
+    return [_random_texture(generator, *look) for look in looks]
 
 
-def _random_texture(look: Look, generator: torch.Generator) -> Tensor:
-    height, width = look.size
+def _random_texture(generator: torch.Generator, size, mean, axes, skew, spectrum) -> Tensor:
+    """A Gaussian random field with the statistics of one photograph."""
+    height, width = size
     frequency = torch.hypot(
         torch.fft.fftfreq(height, dtype=torch.float64)[:, None],
         torch.fft.rfftfreq(width, dtype=torch.float64)[None],
     )
     octave = frequency.clamp(2.0**-9, 2.0**-1).log2().numpy()
-    power = 10 ** (np.interp(octave, np.arange(-9, 0), look.spectrum) / 10)
+    power = 10 ** (np.interp(octave, np.arange(-9, 0), spectrum) / 10)
     amplitude = torch.from_numpy(np.sqrt(power))
     noise = torch.randn(2, height, width, generator=generator, dtype=torch.float64)
-    field = torch.fft.irfft2(torch.fft.rfft2(noise) * amplitude, s=look.size)
+    field = torch.fft.irfft2(torch.fft.rfft2(noise) * amplitude, s=size)
     field = _standardized(field)
-    field[0] = _standardized(field[0] + look.skew * field[0] ** 2)
-    mean = torch.tensor(look.mean, dtype=torch.float64)
-    axes = torch.tensor(look.axes, dtype=torch.float64)
-    rgb = mean[:, None, None] + torch.einsum("kc,khw->chw", axes, field)
+    field[0] = _standardized(field[0] + skew * field[0] ** 2)
+    mean = torch.tensor(mean, dtype=torch.float64)
+    rgb = torch.einsum("kc,khw->chw", torch.tensor(axes, dtype=torch.float64), field)
+    rgb += mean[:, None, None]
     return rgb.round_().clamp_(DARKEST, 255).to(torch.uint8)
 
 

@@ -8,22 +8,13 @@ it returns uint8 (n, 3, H, W).
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasets.corruptions import frost_texture
+from datasets.corruptions import filters, frost_texture
 from datasets.corruptions.draws import Draws
-from datasets.corruptions.filters import (
-    gaussian_blur,
-    motion_blur,
-    to_float,
-    to_uint8,
-    truncate,
-    zoom,
-)
+from datasets.corruptions.filters import gaussian_blur, to_float, to_uint8, truncate
 
 # μ, σ, zoom, threshold, blur radius, blur σ, weight m of the image against its whitened self
 SNOW = {
@@ -86,9 +77,11 @@ def snow(images: Tensor, c: tuple, draws: Draws) -> Tensor:
     height, width = images.shape[-2:]
     flakes = draws.normal(height, width).mul_(spread).add_(mean)
     if factor > 1:
-        flakes = zoom(flakes, factor)
+        flakes = filters.zoom(flakes, factor)
     flakes = to_uint8(F.threshold(flakes, threshold, 0.0))[:, None]
-    layer = to_float(motion_blur(flakes, draws.uniform(low=-135.0, high=-45.0), radius, sigma))
+    layer = to_float(
+        filters.motion_blur(flakes, draws.uniform(low=-135.0, high=-45.0), radius, sigma)
+    )
 
     x = to_float(images)
     whitened = _grey(x).mul_(1.5).add_(0.5)
@@ -211,21 +204,17 @@ def spatter(images: Tensor, c: tuple, draws: Draws) -> Tensor:
     height, width = images.shape[-2:]
     noise = draws.normal(height, width).mul_(spread).add_(mean)
     liquid = F.threshold(gaussian_blur(noise, blur), threshold, 0.0)
+    colour = filters.on_device(MUD if mud else WATER, images.device).view(3, 1, 1)
     if mud:
         mask = gaussian_blur((liquid > threshold).float(), k)
         mask = torch.where(mask < 0.8, 0.0, mask)[:, None]
-        return truncate(torch.lerp(images.float(), _colour(MUD, images.device), mask))
+        return truncate(torch.lerp(images.float(), colour, mask))
     # The published sets were made by a cast that wraps around where the liquid exceeds 1.
     liquid = (liquid * 255).floor_().remainder_(256)
     shine = liquid * _relief(liquid)
     top = shine.amax((1, 2), keepdim=True)
     shine = shine.mul_(k / torch.where(top > 0, top, 1.0))[:, None]
-    return truncate(images + shine * _colour(WATER, images.device))
-
-
-@functools.lru_cache(maxsize=16)
-def _colour(rgb: tuple[int, int, int], device: torch.device) -> Tensor:
-    return torch.tensor(rgb, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+    return truncate(images + shine * colour)
 
 
 def _relief(liquid: Tensor) -> Tensor:

@@ -43,17 +43,21 @@ def glass_blur(image, c, draws):
 
 
 def motion_blur(image, c, draws):
-    radius, sigma = c
-    phi = np.deg2rad(float(draws.uniform(low=-45.0, high=45.0)))
-    height, width, _ = image.shape
+    return line_blur(image, float(draws.uniform(low=-45.0, high=45.0)), *c)
+
+
+def line_blur(image, degrees, radius, sigma):
+    """uint8 (H, W, …): weights ∝ exp(−i²/2σ²) along a line at `degrees`, y down."""
     taps = np.arange(2 * radius + 1)
     weights = np.exp(-(taps**2) / (2 * sigma**2))
+    phi = np.deg2rad(degrees)
+    rows, columns = np.indices(image.shape[:2])
     v = np.zeros(image.shape)
     for i, weight in zip(taps, weights / weights.sum(), strict=True):
         dx, dy = np.ceil(i * np.cos(phi) - 0.5), np.ceil(i * np.sin(phi) - 0.5)
-        rows = np.clip(np.arange(height) + int(dy), 0, height - 1)
-        columns = np.clip(np.arange(width) + int(dx), 0, width - 1)
-        v += weight * image[rows][:, columns]
+        y = np.clip(rows + int(dy), 0, image.shape[0] - 1)
+        x = np.clip(columns + int(dx), 0, image.shape[1] - 1)
+        v += weight * image[y, x]
     return np.floor(np.round(257 * v) / 257).astype(np.uint8)
 
 

@@ -2,7 +2,7 @@
 
 The definitions of Hendrycks & Dietterich (ICLR 2019), written for clarity: the tests compare the
 batched versions with these, the benchmark takes them as the classic way. Images are uint8
-(H, W, 3); `rng` is a numpy Generator or anything else with its `uniform`.
+(H, W, 3).
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ def saturate(image: np.ndarray, c: tuple[float, float]) -> np.ndarray:
     return _truncate(_hsv_to_rgb(hue, saturation, value))
 
 
-def elastic_transform(
-    image: np.ndarray, c: tuple[float, float, float], rng: np.random.Generator
-) -> np.ndarray:
+def elastic_transform(image: np.ndarray, c: tuple[float, float, float], draws) -> np.ndarray:
     """An affine map by three moved points, then a smooth displacement field."""
     a, sigma, r = c
     side = len(image)
@@ -42,7 +40,7 @@ def elastic_transform(
 
     centre, s = side / 2, side // 3
     old = centre + np.array([[s, s], [s, -s], [-s, -s]])
-    new = old + rng.uniform(-r * side, r * side, (3, 2))
+    new = old + draws.uniform(3, 2, low=-r * side, high=r * side)
     # Rows (x, y, 1) times this 3×2 matrix take new points to old ones.
     inverse = np.linalg.solve(np.column_stack([new, np.ones(3)]), old)
     yy, xx = np.mgrid[:side, :side]
@@ -52,7 +50,7 @@ def elastic_transform(
     if a > 0:
         dx, dy = (
             a * side * ndimage.gaussian_filter(field, sigma * side, mode="reflect", truncate=3)
-            for field in rng.uniform(-1, 1, (2, side, side))
+            for field in draws.uniform(2, side, side, low=-1.0, high=1.0)
         )
         x = _sample(x, yy + dy, xx + dx, "reflect")
     return _truncate(x)

@@ -7,55 +7,22 @@ import colorsys
 import numpy as np
 from scipy import ndimage
 
-
-def to_uint8(x):
-    # Sums of decimal fractions may fall an ulp short of the whole number they stand for.
-    return np.floor(np.clip(x, 0, 1) * 255 + 1e-9).astype(np.uint8)
+from tests.reference.blur import line_blur, zoomed
+from tests.reference.noise import to_uint8
 
 
 def gaussian(x, sigma):
     return ndimage.gaussian_filter(x, sigma, mode="nearest", truncate=4.0)
 
 
-def zoom(plane, factor):
-    for _ in range(2):
-        plane = np.array([zoom_row(row, factor) for row in plane]).T
-    return plane
-
-
-def zoom_row(row, factor):
-    size = len(row)
-    inside = int(np.ceil(size / factor))
-    outside = round(inside * factor)
-    start = (size - inside) // 2
-    read = np.arange(outside) * (inside - 1) / (outside - 1)
-    large = np.interp(read, np.arange(inside), row[start : start + inside])
-    start = (outside - size) // 2
-    return large[start : start + size]
-
-
-def motion_blur(plane, degrees, radius, sigma):
-    taps = np.arange(2 * radius + 1)
-    weights = np.exp(-(taps**2) / (2 * sigma**2))
-    weights /= weights.sum()
-    phi = np.deg2rad(degrees)
-    rows, columns = np.indices(plane.shape)
-    total = np.zeros(plane.shape)
-    for i, weight in zip(taps, weights, strict=True):
-        x = np.clip(columns + np.ceil(i * np.cos(phi) - 0.5).astype(int), 0, plane.shape[1] - 1)
-        y = np.clip(rows + np.ceil(i * np.sin(phi) - 0.5).astype(int), 0, plane.shape[0] - 1)
-        total += weight * plane[y, x]
-    return np.floor(np.round(257 * total) / 257).astype(np.uint8)
-
-
 def snow(image, c, draws):
     mean, spread, factor, threshold, radius, sigma, m = c
     x = image / 255.0
     layer = mean + spread * np.asarray(draws.normal(*image.shape[:2]), np.float64)
-    layer = zoom(layer, factor)
+    layer = zoomed(layer[..., None], factor)[..., 0]
     layer[layer < threshold] = 0
     angle = float(draws.uniform(low=-135.0, high=-45.0))
-    layer = motion_blur(to_uint8(layer), angle, radius, sigma)[..., None] / 255.0
+    layer = line_blur(to_uint8(layer), angle, radius, sigma)[..., None] / 255.0
     grey = (x @ [0.299, 0.587, 0.114])[..., None]
     x = m * x + (1 - m) * np.maximum(x, 1.5 * grey + 0.5)
     return to_uint8(x + layer + np.rot90(layer, 2))

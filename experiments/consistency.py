@@ -1,0 +1,67 @@
+"""Whether two data sets give one signature: cosines between those of both (claim 3)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+
+from experiments import plots, tables
+from experiments.similarity import cosine
+from experiments.tables import FAILS, graded
+
+CLAIM = "For one corruption, signatures of different data sets agree."
+RULE = (
+    "Of all signatures of the other data set, that of the same corruption is the nearest for all "
+    "(partly: half of them), and the mean cosine is higher for the same corruption."
+)
+
+
+def jobs(study) -> list:
+    return study.target.base_jobs()
+
+
+def measure(study) -> Iterator[dict]:
+    here, there = study.patching(), study.target.patching()
+    sets = {"set_a": study.data_name, "set_b": study.target.data_name}
+    for b, a in itertools.product(there.args.corruption, here.args.corruption):
+        value = cosine(here.signature(a), there.signature(b))["overall"]
+        yield {"seed": here.args.seed, "a": a, "b": b, "value": value, **sets}
+
+
+def _matrix(rows: list[dict]) -> tuple[list[str], list[str], np.ndarray]:
+    a, b = tables.distinct(rows, "a"), tables.distinct(rows, "b")
+    return a, b, np.array([row["value"] for row in rows]).reshape(len(b), len(a))
+
+
+def table(rows: list[dict], study) -> tables.Table:
+    a, b, values = _matrix(rows)
+    lines = [[name, *(f"{v:.2f}" for v in line)] for name, line in zip(b, values, strict=True)]
+    other = study.target
+    note = f"keep_num {study.method.keep_num}. Lines: {other.data_name}, {other.recipe}. "
+    note += f"Columns: {study.data_name}."
+    return tables.Table([f"{other.data_name} \\ {study.data_name}", *a], lines, note)
+
+
+def figure(rows: list[dict], path: Path) -> None:
+    a, b, values = _matrix(rows)
+    plots.heat_map(values, b, a, path, (rows[0]["set_b"], rows[0]["set_a"]))
+
+
+def verdict(rows: list[dict]) -> tables.Verdict:
+    nearest, same, other = [], [], []
+    for b in tables.distinct(rows, "b"):
+        of = {row["a"]: row["value"] for row in tables.select(rows, b=b)}
+        if b in of:
+            nearest.append(max(of, key=of.get) == b)
+            same.append(of.pop(b))
+            other += of.values()
+    words = (
+        f"mean cosine {fmean(same):.2f} for the same corruption, {fmean(other):.2f} for others; "
+        f"the same one is the nearest for {sum(nearest)} of {len(nearest)}"
+    )
+    holds = graded(100 * sum(nearest) / len(nearest), 100, 50)
+    return holds if fmean(same) > fmean(other) else FAILS, words

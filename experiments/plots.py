@@ -1,0 +1,242 @@
+"""The figures: curves, bars and heat maps, for print and for colour-blind readers.
+
+Colours are Okabe and Ito's, each with a marker or hatch of its own; maps run from blue over white
+to orange with the values written in. Every function saves a PNG, whole or not at all.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from cycler import cycler
+from matplotlib import pyplot as plt
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
+from torch import Tensor
+
+from experiments import tables
+from experiments.tables import BATCHNORM_ONLY, PATCHED, ROBUST, STANDARD
+from utils.files import replacing
+
+GREY, BLUE, ORANGE = "#999999", "#0072B2", "#E69F00"
+COLOURS = [BLUE, ORANGE, "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#F0E442"]
+HATCHES = ["", "", "//", "\\\\", "xx", "..", "--", "||"]
+DIVERGING = LinearSegmentedColormap.from_list("diverging", [BLUE, "white", ORANGE])
+LOOK = cycler(linestyle=["-", "--", ":"]) * (
+    cycler(color=COLOURS) + cycler(marker=list("os^DvP*X"))
+)
+plt.rcParams |= {
+    **{"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True},
+    **{"legend.frameon": False, "legend.fontsize": 8, "font.size": 8, "axes.titlesize": 10},
+    **{"lines.markersize": 4, "lines.linewidth": 1.2, "errorbar.capsize": 2, "savefig.dpi": 150},
+    "axes.prop_cycle": LOOK,
+}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically, and forget it."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary)
+    plt.close(figure)
+
+
+def panels(titles: Sequence[str], width: float, height: float):
+    """A figure with an axis per title, three in a row, each `width` × `height` inches."""
+    rows, columns = -(-len(titles) // 3), min(3, len(titles))
+    size = (width * columns, height * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
+    axes = grid.flatten()
+    for axis, title in itertools.zip_longest(axes, titles):
+        axis.set(title=title) if title else axis.set_axis_off()
+    return figure, axes[: len(titles)]
+
+
+def legend_below(figure: Figure, axis, ncols: int = 3) -> None:
+    """The legend of `axis` under the whole figure."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=ncols)
+
+
+def accuracy_panels(rows: Sequence[dict], over: str, label: str, path: Path) -> None:
+    """TA and RA over a swept value, a panel per corruption, between standard and robust model.
+
+    Rows with the same `over` are seeds: their mean is drawn, their range as a bar.
+    """
+    names = tables.distinct(rows, "corruption")
+    figure, axes = panels(names, 3.6, 3.0)
+    for axis, name in zip(axes, names, strict=True):
+        of_name = [row for row in tables.select(rows, corruption=name) if "RA" in row]
+        patched = tables.select(of_name, model=PATCHED)
+        xs = sorted(tables.distinct(patched, over))
+        for measure, colour, marker in (("RA", BLUE, "o"), ("TA", ORANGE, "s")):
+            at = [[row[measure] for row in patched if row[over] == x] for x in xs]
+            means = np.array([fmean(values) for values in at])
+            ends = means - [min(v) for v in at], [max(v) for v in at] - means
+            look = {"color": colour, "marker": marker, "linestyle": "-"}
+            axis.errorbar(xs, means, yerr=ends, label=f"patched, {measure}", **look)
+            for model, style in ((STANDARD, ":"), (BATCHNORM_ONLY, "-."), (ROBUST, "--")):
+                if level := [row[measure] for row in tables.select(of_name, model=model)]:
+                    look = {"color": colour, "linestyle": style, "linewidth": 1}
+                    axis.axhline(fmean(level), label=f"{model}, {measure}", **look)
+        axis.set(xlabel=label, ylabel="test accuracy, %" if axis in axes[::3] else "")
+        if all(isinstance(x, int) for x in xs) and len(xs) <= 14:
+            axis.set_xticks(xs)
+    legend_below(figure, axes[0])
+    save(figure, path)
+
+
+def accuracy_bars(
+    rows: Sequence[dict],
+    path: Path,
+    label: Callable[[dict], tuple[str]] = lambda row: (row["model"],),
+) -> None:
+    """RA of every line of a table (`tables.accuracies`): the mean, and each corruption."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for (line,) in dict.fromkeys(map(label, rows)):
+        of_line = [row for row in rows if label(row) == (line,)]
+        whole = [tables.select(of_line, seed=seed) for seed in tables.whole_seeds(of_line)]
+        groups = {"all": [fmean(row["RA"] for row in of_seed) for of_seed in whole]}
+        for name in tables.distinct(of_line, "corruption"):
+            groups[name] = [row["RA"] for row in tables.select(of_line, corruption=name)]
+        for group, each in groups.items():
+            values.setdefault(group, {})[line] = each
+    bars(values, "RA, %", path)
+
+
+def bars(groups: Mapping[str, Mapping[str, list[float]]], label: str, path: Path) -> None:
+    """Bars side by side for each group: group → series → values, drawn as mean ± sd."""
+    series = list(dict.fromkeys(name for values in groups.values() for name in values))
+    width = 0.84 / len(series)
+    inches = min(14.0, max(6.0, 0.16 * len(series) * len(groups) + 2))
+    figure, axis = plt.subplots(figsize=(inches, 4.2))
+    looks = itertools.cycle(zip([GREY, *COLOURS], HATCHES, strict=False))
+    for k, (name, (colour, hatch)) in enumerate(zip(series, looks, strict=False)):
+        each = {i: of[name] for i, of in enumerate(groups.values()) if name in of}
+        places = [i + width * (k - (len(series) - 1) / 2) for i in each]
+        sd = [stdev(values) if len(values) > 1 else np.nan for values in each.values()]  # or none
+        look = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": name}
+        axis.bar(places, [fmean(v) for v in each.values()], width * 0.95, yerr=sd, **look)
+    axis.set_xticks(range(len(groups)), list(groups), rotation=20 if inches > 8 else 0)
+    axis.set_ylabel(label)
+    entry = 0.07 * max(map(len, series)) + 0.5  # inches
+    legend_below(figure, axis, max(1, min(len(series), int(inches / entry))))
+    save(figure, path)
+
+
+def samples(strips: Mapping[str, Tensor], path: Path) -> None:
+    """A strip of images, uint8 (n, 3, H, W), under each name."""
+    figure, axes = plt.subplots(len(strips), 1, figsize=(8, 0.75 * len(strips)), squeeze=False)
+    for axis, (name, images) in zip(axes[:, 0], strips.items(), strict=True):
+        axis.imshow(images.permute(2, 0, 3, 1).flatten(1, 2).cpu(), interpolation="nearest")
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+        axis.set(xticks=[], yticks=[])
+    save(figure, path)
+
+
+def curves(
+    lines: Mapping[str, Sequence[float]],
+    xs: Sequence[object],
+    labels: tuple[str, str],
+    path: Path,
+    control: str | None = None,
+) -> None:
+    """A curve per entry of `lines` over `xs`; labels: of the two axes. `control` is drawn grey."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.2))
+    for name, values in lines.items():
+        look = {"color": GREY, "marker": ".", "linestyle": "--"} if name == control else {}
+        axis.plot(range(len(xs)), values, label=name, **look)
+    axis.set_xticks(range(len(xs)), xs)
+    axis.set(xlabel=labels[0], ylabel=labels[1])
+    axis.set_ylim(bottom=0)
+    axis.legend(ncols=2)
+    save(figure, path)
+
+
+def heat_map(
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    path: Path,
+    axes_names: tuple[str, str] = ("", ""),
+    groups: Sequence[str] = (),
+) -> None:
+    """A matrix of cosines with its values written in, colours symmetric about 0.
+
+    groups: of the rows and columns of a square matrix; lines are drawn between them. A square
+    matrix of three or more also gets the tree of average linkage over 1 − cosine beside it.
+    """
+    square = bool(groups) and len(rows) > 2
+    size = (0.62 * max(len(rows), len(columns)) + (5 if square else 3.5), 0.53 * len(rows) + 1.7)
+    figure, (axis, tree) = plt.subplots(1, 2, figsize=size, width_ratios=[size[0] - 3, 2.6])
+    extent = max(0.2, float(np.abs(values[values < 0.999]).max(initial=0.2)))
+    image = axis.imshow(values, cmap=DIVERGING, vmin=-extent, vmax=extent)
+    for (i, j), value in np.ndenumerate(values):
+        axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7)
+    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set(ylabel=axes_names[0], xlabel=axes_names[1])
+    for i in range(1, len(groups)):
+        if groups[i] != groups[i - 1]:
+            axis.axhline(i - 0.5, color="black", linewidth=1)
+            axis.axvline(i - 0.5, color="black", linewidth=1)
+    beyond = "max" if groups else "neither"  # the 1s of the diagonal
+    figure.colorbar(image, ax=axis, label="cosine", shrink=0.7, extend=beyond)
+    if square:
+        distances = np.clip(1 - (values + values.T) / 2, 0, None)
+        np.fill_diagonal(distances, 0)
+        linkage = hierarchy.linkage(squareform(distances, checks=False), "average")
+        look = {"orientation": "right", "color_threshold": 0, "leaf_font_size": 8, "ax": tree}
+        hierarchy.dendrogram(linkage, labels=list(rows), **look)
+        tree.set_xlabel("1 − cosine")
+    else:
+        tree.remove()
+    save(figure, path)
+
+
+def bits_words(bits: int) -> str:
+    """Bits a value in words."""
+    return "float32" if bits == 32 else f"{bits} bits"
+
+
+def storage(rows: Sequence[dict], path: Path) -> None:
+    """RA over bytes on disk, a curve per number of bits along keep_num, and their frontier.
+
+    A panel per corruption; seeds are averaged.
+    """
+    names = tables.distinct(rows, "corruption")
+    figure, axes = panels(names, 4.2, 3.4)
+
+    def mean_of(rows: Sequence[dict]) -> tuple[float, float]:
+        return fmean(row["bytes"] for row in rows), fmean(row["RA"] for row in rows)
+
+    for axis, name in zip(axes, names, strict=True):
+        of_name = tables.select(rows, corruption=name)
+        patched = tables.select(of_name, model=PATCHED)
+        frontier = []
+        for bits in sorted(tables.distinct(patched, "bits"), reverse=True):
+            of_bits = tables.select(patched, bits=bits)
+            ks = sorted(tables.distinct(of_bits, "keep_num"))
+            line = [mean_of(tables.select(of_bits, keep_num=k)) for k in ks]
+            axis.plot(*zip(*line, strict=True), label=bits_words(bits))
+            frontier += line
+        best = np.maximum.accumulate([ra for _, ra in sorted(frontier)])
+        look = {"color": "black", "linewidth": 0.8, "linestyle": ":", "marker": ""}
+        sizes = sorted(size for size, _ in frontier)
+        axis.step(sizes, best, where="post", label="best at most so many bytes", **look)
+        full = mean_of(tables.select(of_name, model=ROBUST))
+        axis.plot(*full, "*", color="black", markersize=9, label="full copy")
+        standard = mean_of(tables.select(of_name, model=STANDARD))[1]
+        axis.axhline(standard, color=GREY, linestyle="--", linewidth=1, label="standard model")
+        axis.set(xscale="log", xlabel="bytes on disk per corruption")
+        axis.set_ylabel("RA, %" if axis in axes[::3] else "")
+    legend_below(figure, axes[0], 4)
+    save(figure, path)

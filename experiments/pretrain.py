@@ -1,0 +1,89 @@
+"""θ_pre where no file is at hand: trained here, on other classes than the study's.
+
+    python reproduce.py pretrain --dataset tinyimagenet --data data/tiny-imagenet-200 \\
+        --arch resnet18 --pretrain_classes even --preset quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+
+from datasets import flags, synthetic
+from datasets.images import ImageSet, fingerprint, spaced
+from datasets.loader import BatchLoader, augmentation_for
+from datasets.normalization import normalization
+from models import build_model
+from models.vgg import VGGS, add_batchnorm, fold_batchnorm
+from utils import checkpoint as ckpt
+from utils.engine import TrainStep, choose_device, sgd, to_device, train_epoch, use_amp
+from utils.files import hold
+
+
+def make_pretrained(args: argparse.Namespace) -> None:
+    """Train θ_pre into args.pretrained, unless it is there and not to be redone.
+
+    Of several processes that want it one trains, the others wait for it.
+    """
+    path = Path(args.pretrained)
+    with hold(path.with_name(f".{path.name}.lock")):
+        if path.exists() and not args.force:
+            return
+        images = pretraining_images(args)
+        count = f"{len(images):,} images of {len(images.classes)} other classes"
+        print(f"θ_pre: {args.arch} on {count}", flush=True)
+        pretrain(args, images, path)
+
+
+def pretraining_images(args: argparse.Namespace) -> ImageSet:
+    """Training images of the other half of the classes (synthetic: its own set for that)."""
+    if args.pretrain_classes:
+        other = copy.copy(args)
+        other.classes = args.pretrain_classes
+        return flags.load_images(other, args.data, "train")
+    return spaced(synthetic.load("pretrain", args.image_size), args.train_images)
+
+
+def pretrain(args: argparse.Namespace, images: ImageSet, path: Path) -> None:
+    """Train args.arch from random weights on `images` and write θ_pre to `path`.
+
+    SGD, momentum 0.9, weight decay 5e-4, batch 64, one cycle up to lr 0.05. A VGG trains with
+    batch norm, which is folded into its convolutions at the end. After every epoch its state is
+    kept beside `path`, where a killed run goes on.
+    """
+    arch, epochs, device = args.arch, args.pretrain_epochs, choose_device(args.device)
+    torch.manual_seed(0)
+    model = build_model(arch, len(images.classes), *normalization(images.name, images))
+    if arch in VGGS:
+        add_batchnorm(model, arch)
+    model = to_device(model, device)
+    augment = augmentation_for(images.name)
+    loader = BatchLoader(images, 64, augment=augment, device=device, shuffle=True)
+    optimizer = sgd(model, 0.05)
+    steps = epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=steps)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "loader": loader}
+    settings = {"arch": arch, "epochs": epochs, "data": fingerprint(images)}
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    if unfinished.exists():
+        saved = ckpt.read(unfinished)
+        if {name: saved.get(name) for name in settings} == settings:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+    amp = use_amp(device, args.amp)
+    step = TrainStep(model, optimizer, amp=amp)
+    for epoch in range(loader.epoch + 1, epochs + 1):
+        title = f"pretraining {epoch}/{epochs}"
+        stats = train_epoch(
+            model, loader, optimizer, amp=amp, title=title, schedule=schedule, step=step
+        )
+        print(f"{title}  loss {stats.loss:.4f}  train {stats.accuracy:.2f}", flush=True)
+        state = {name: part.state_dict() for name, part in parts.items()}
+        ckpt.save(settings | state, unfinished)
+    if arch in VGGS:
+        fold_batchnorm(model, arch)
+    ckpt.save({"state_dict": model.state_dict(), "arch": arch}, path)
+    unfinished.unlink(missing_ok=True)

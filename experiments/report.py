@@ -1,0 +1,84 @@
+"""results/README.md: what was measured of each claim, and the verdict by the experiment's rule.
+
+    python reproduce.py report --out results
+
+A rule is the same for every study. Where several studies measured a claim it holds only if it does
+in all of them that can tell.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from experiments import EXPERIMENTS
+from experiments.tables import PARTLY, UNTOLD
+from utils.errors import InputError
+from utils.files import write_text
+from utils.report import markdown_table
+
+INTRODUCTION = (
+    "Written by `python reproduce.py report` from the results.json files below this folder. TA: "
+    "accuracy on clean test images, RA: on corrupted ones, both in %. Models are chosen on "
+    "validation images; ± is the standard deviation over seeds."
+)
+
+
+def read_results(root: Path) -> dict[str, list[tuple[Path, dict]]]:
+    """Every results.json of an experiment under `root`: experiment → its folders and contents."""
+    found = defaultdict(list)
+    for path in sorted(root.rglob("results.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: {error}; delete it, or measure again") from error
+        if isinstance(content, dict) and content.get("experiment") in EXPERIMENTS:
+            found[content["experiment"]].append((path.parent, content))
+    return found
+
+
+def write(root: Path) -> None:
+    """Write `root`/README.md. Raises InputError when nothing was measured, or can't be read."""
+    found = read_results(root)
+    if not found:
+        raise InputError(f"--out {root}: no results of reproduce.py there yet")
+    summary, sections, ablations = [], [], []
+    caveats, studies = {}, defaultdict(dict)
+    for name, module in EXPERIMENTS.items():
+        verdicts, lines = [], []
+        for folder, result in found.get(name, []):
+            verdict, words = module.verdict(result["rows"])
+            place = folder.relative_to(root).as_posix()
+            title = result["study"].partition(";")[0]
+            title += f", {result['ablation']}" if result["ablation"] else ""
+            told = f"**{verdict}**" if not result["ablation"] else f"`{name}`"
+            text = [f"- {told} on {title}: {words}. {result['note']} [Table]({place}/table.md).\n"]
+            text += [
+                f"  ![{name}: {place}]({place}/{p.name})\n" for p in sorted(folder.glob("*.png"))
+            ]
+            (ablations if result["ablation"] else lines).extend(text)
+            verdicts += [verdict] if verdict != UNTOLD and not result["ablation"] else []
+            studies[result["study"], result["device"], result["torch"]][result["command"]] = None
+            if "caveat" in result:
+                caveats[result["caveat"]] = None
+        overall = UNTOLD if lines else "not measured"
+        if verdicts:
+            overall = verdicts[0] if len(set(verdicts)) == 1 else PARTLY
+        summary.append([f"`{name}`", module.CLAIM, overall])
+        sections += [f"## {name}: {overall}\n", f"The paper: {module.CLAIM}\n"]
+        sections += [f"Rule: {module.RULE}\n", *lines]
+    if ablations:
+        sections += ["## Ablations\n", *ablations]
+    sections.append("## How it was made\n")
+    for (study, device, torch), commands in studies.items():
+        sections.append(f"- {study}; {device}, torch {torch}.\n")
+        sections += ["\n".join(f"      python {command}" for command in commands) + "\n"]
+    table = markdown_table(["experiment", "claim", "verdict"], summary)
+    top = [
+        "# Results, claim by claim\n",
+        *(f"**{caveat}**\n" for caveat in caveats),
+        f"{INTRODUCTION}\n",
+    ]
+    write_text(root / "README.md", "\n".join([*top, f"{table}\n", *sections]))
+    print(f"\n{table}\n\n{root / 'README.md'}")

@@ -1,0 +1,112 @@
+"""Whether signatures tell corruptions apart: cosines, naming by the nearest mean (claim 2)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+
+from datasets.corruptions import FAMILIES
+from experiments import plots, tables
+from experiments.tables import FAILS, PARTLY, UNTOLD, graded
+from utils.errors import InputError
+from utils.signature import RobustWeightSignature
+
+CLAIM = "Signatures of similar corruptions are similar, of different ones different."
+RULE = (
+    "Cosines are higher within a family, and the nearest mean signature names ≥ 90 % right "
+    "(partly: 50 %)."
+)
+
+
+def cosine(a: RobustWeightSignature, b: RobustWeightSignature) -> dict[str, float]:
+    """Cosine between two signatures: per state-dict key both hold, and "overall" (all of them).
+
+    A zero tensor has cosine 0 with everything. Raises InputError when they share no key.
+    """
+    keys = [key for key in a.tensors if key in b.tensors]
+    if not keys:
+        raise InputError(f"signatures of {a.name} and {b.name} have no tensor in common")
+    products = {}
+    for key in keys:
+        x, y = (s.tensors[key].flatten().double().cpu() for s in (a, b))
+        if x.shape != y.shape:
+            raise InputError(f"signatures of {a.name} and {b.name} differ in the shape of {key}")
+        products[key] = torch.stack([x @ y, x @ x, y @ y])
+    products["overall"] = torch.stack(list(products.values())).sum(0)
+    return {key: _cosine(*p.tolist()) for key, p in products.items()}
+
+
+def _cosine(xy: float, xx: float, yy: float) -> float:
+    return xy / (xx * yy) ** 0.5 if xx > 0 and yy > 0 else 0.0
+
+
+def measure(study) -> Iterator[dict]:
+    """The cosine of each pair in the first seed; then of each signature and its nearest mean."""
+    of_seed: dict[int, dict[str, RobustWeightSignature]] = {}
+    for run in study.patchings():
+        of_seed[run.args.seed] = {name: run.signature(name) for name in run.args.corruption}
+    first = study.args.seeds[0]
+    order = list(dict.fromkeys(FAMILIES.values()))
+    names = sorted(of_seed[first], key=lambda name: order.index(FAMILIES[name]))
+    for a, b in itertools.combinations_with_replacement(names, 2):
+        value = cosine(of_seed[first][a], of_seed[first][b])["overall"]
+        yield {"seed": first, "a": a, "b": b, "value": value}
+    for seed, signatures in of_seed.items():
+        others = [of_seed[s] for s in of_seed if s != seed]
+        means = {c: sum(o[c] for o in others if c in o) for o in others for c in o}
+        for name, signature in signatures.items():
+            if name in means and len(means) > 1:
+                near = {c: cosine(signature, mean)["overall"] for c, mean in means.items()}
+                best = max(near, key=near.get)
+                yield {"seed": seed, "corruption": name, "named": best, "value": near[best]}
+
+
+def _matrix(rows: list[dict]) -> tuple[list[str], np.ndarray]:
+    pairs = {(row["a"], row["b"]): row["value"] for row in rows if "a" in row}
+    names = list(dict.fromkeys(a for a, _ in pairs))
+    return names, np.array([[pairs.get((a, b)) or pairs[b, a] for b in names] for a in names])
+
+
+def _right(rows: list[dict]) -> tuple[int, list[dict]]:
+    named = [row for row in rows if "named" in row]
+    return sum(row["corruption"] == row["named"] for row in named), named
+
+
+def table(rows: list[dict], study) -> tables.Table:
+    names, values = _matrix(rows)
+    lines = [[a, *(f"{v:.2f}" for v in line)] for a, line in zip(names, values, strict=True)]
+    right, named = _right(rows)
+    told = f"{right} of {len(named)} right" if named else "needs a second seed"
+    note = f"keep_num {study.method.keep_num}, first seed. "
+    note += f"Named by the nearest mean signature of the other seeds: {told}."
+    return tables.Table(["cosine", *names], lines, note)
+
+
+def figure(rows: list[dict], path: Path) -> None:
+    names, values = _matrix(rows)
+    plots.heat_map(values, names, names, path, groups=[FAMILIES[name] for name in names])
+
+
+def verdict(rows: list[dict]) -> tables.Verdict:
+    pairs = [row for row in rows if "a" in row and row["a"] != row["b"]]
+    inside = [r["value"] for r in pairs if FAMILIES[r["a"]] == FAMILIES[r["b"]]]
+    across = [r["value"] for r in pairs if FAMILIES[r["a"]] != FAMILIES[r["b"]]]
+    right, named = _right(rows)
+    words = f"mean cosine {fmean(across):.2f} between families" if across else ""
+    if inside and across:
+        words = f"mean cosine {fmean(inside):.2f} within families, {fmean(across):.2f} between them"
+    closer = bool(inside and across) and fmean(inside) > fmean(across)
+    if not named and not (inside and across):
+        return UNTOLD, f"{words}; no two corruptions of one family, and one seed"
+    if not named:
+        return PARTLY if closer else FAILS, f"{words}; one seed, so nothing to name"
+    which = ", ".join(tables.distinct(named, "corruption"))
+    words += f"; the nearest mean signature of other seeds names {right} of {len(named)} ({which})"
+    if closer or not inside:
+        return graded(100 * right / len(named), 90, 50), words
+    return PARTLY if right == len(named) else FAILS, words

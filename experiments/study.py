@@ -1,0 +1,380 @@
+"""A study: which models it needs, where they lie, how they are trained, ready to be patched.
+
+    runs/<data>_<arch>_<length>/seed0/standard, robust/<corruption>, union/<corruptions>, updated
+
+A model is reused by every experiment whose settings name it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import functools
+import json
+import os
+import queue
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import train_corruption
+from datasets.corruptions import CORRUPTIONS
+from experiments.pretrain import make_pretrained
+from experiments.settings import PRESETS, data_tag, recipe
+from experiments.tables import BATCHNORM_ONLY, ROBUST, STANDARD, Table
+from model_patching import Patching
+from utils import checkpoint as ckpt
+from utils import report
+from utils.engine import choose_device
+from utils.errors import InputError
+from utils.files import write_text
+from utils.measurements import Measurements
+from utils.signature import Method, RobustWeightSignature
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model: train_corruption.py with `settings` trains it into `folder`.
+
+    A job of stage 1 starts from a model of stage 0.
+    """
+
+    title: str
+    folder: Path
+    settings: dict
+    stage: int = 0
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "results.json").exists()
+
+    def args(self, force: bool = False) -> argparse.Namespace:
+        """What train_corruption.py is told; unless forced it goes on from what is there."""
+        return train_corruption.parse_args(self.command(force))
+
+    def command(self, force: bool = False) -> list[str]:
+        """`args` as a command line."""
+        told = []
+        for name, value in self.settings.items():
+            if name == "amp" and value is False:
+                told.append("--no_amp")
+            elif value is not None and value is not False:
+                bare = value is True or value == ckpt.IMAGENET
+                values = value if isinstance(value, list) else [value]
+                told += [f"--{name}", *([] if bare else map(str, values))]
+        return [*told, "--save_dir", str(self.folder), *([] if force else ["--resume"])]
+
+
+class Study:
+    """The models of one data set, architecture and recipe, over all seeds.
+
+    args: the settings of reproduce.py, resolved.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.method = Method.from_args(args)
+        self.data_name = data_tag(args, args.classes)
+        self.recipe = f"{args.epochs} epoch{'s' if args.epochs > 1 else ''}"
+        self._kept = Measurements(Path(args.runs) / "accuracies.json")
+        self._ready = None  # the last Patching, for the next experiment
+
+    # ---- which models, where ---------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """Data, architecture and recipe in a folder's name; a preset's recipe by its name."""
+        args, keys = self.args, ("epochs", "lr", "batch_size", "train_images")
+        known = {tuple(getattr(p, k) for k in keys): name for name, p in PRESETS.items()}
+        length = known.get(tuple(getattr(args, k) for k in keys))
+        if length is None:
+            usual = {"lr": 0.01, "batch_size": 128, "train_images": None}
+            other = [f"{k}{getattr(args, k)}" for k in usual if getattr(args, k) != usual[k]]
+            length = "_".join([f"{args.epochs}ep", *other])
+        return f"{self.data_name}_{args.arch}_{length}"
+
+    def folder(self, seed: int) -> Path:
+        """Where the models of a seed are kept."""
+        return Path(self.args.runs) / self.name / f"seed{seed}"
+
+    def standard(self, seed: int) -> Path:
+        """The checkpoint of θ_std."""
+        return self.folder(seed) / "standard" / ckpt.BEST_SA
+
+    def robust_root(self, seed: int, kind: str = "robust") -> Path:
+        """The folder with a folder for each θ_c, or for each model of several corruptions."""
+        severity = "" if self.args.severity == 5 else f"-severity{self.args.severity}"
+        return self.folder(seed) / f"{kind}{severity}"
+
+    def robust_model(self, seed: int, names: Sequence[str]) -> Path:
+        """The checkpoint of θ_c, or of the model trained on the union of several corruptions."""
+        return self.robust_job(seed, names).folder / ckpt.BEST_RA
+
+    @property
+    def updated_model(self) -> Path:
+        """The checkpoint of the updated backbone."""
+        return self.update_job().folder / ckpt.BEST_SA
+
+    @property
+    def seeds(self) -> list[tuple[int, list[str]]]:
+        """Every seed with its corruptions: after the first those of --repeat_corruptions."""
+        every, repeated = self.args.corruptions, self.args.repeat_corruptions
+        return [(s, repeated if i and repeated else every) for i, s in enumerate(self.args.seeds)]
+
+    @property
+    def union_seeds(self) -> list[int]:
+        """The seeds of which one model is trained on all corruptions."""
+        if not PRESETS[self.args.preset].union:
+            return []
+        return [seed for seed, names in self.seeds if names == self.args.corruptions]
+
+    @functools.cached_property
+    def target(self) -> Study | None:
+        """The study of the second data set (first seed); None where none is named."""
+        if self.args.target_dataset is None:
+            return None
+        args = copy.copy(self.args)
+        args.dataset, args.data = args.target_dataset, args.target_data
+        args.image_size, args.classes = args.target_image_size, args.target_classes
+        args.epochs, args.decreasing_lr = recipe(args.target_epochs or args.epochs)
+        args.corruptions, args.repeat_corruptions = args.target_corruptions, None
+        args.seeds, args.target_dataset = args.seeds[:1], None
+        target = Study(args)
+        if target.name == self.name:
+            raise InputError("--target_dataset is --dataset itself; name another, or its classes")
+        return target
+
+    # ---- jobs ------------------------------------------------------------------------------
+
+    def jobs(self, modules: Iterable[ModuleType]) -> list[Job]:
+        """Every model that the experiments need, those that others start from first."""
+        jobs = self.base_jobs()
+        for module in modules:
+            jobs += module.jobs(self) if hasattr(module, "jobs") else []
+        return sorted({job.folder: job for job in jobs}.values(), key=lambda job: job.stage)
+
+    def base_jobs(self) -> list[Job]:
+        """θ_std and every θ_c of every seed."""
+        jobs = []
+        for seed, names in self.seeds:
+            folder = self.standard(seed).parent
+            jobs.append(Job("θ_std", folder, self._settings(seed)))
+            jobs += [self.robust_job(seed, [name]) for name in names]
+        return jobs
+
+    def robust_job(self, seed: int, names: Sequence[str]) -> Job:
+        """θ_c of one corruption, or the model trained on the union of several."""
+        folder = self.robust_root(seed) / names[0]
+        if len(names) > 1:
+            every = set(names) == set(CORRUPTIONS)
+            folder = self.robust_root(seed, "union") / ("all" if every else "+".join(names))
+        title = f"θ_c, c = {' + '.join(names)}"
+        return Job(title, folder, self._settings(seed) | {"corruption": list(names)})
+
+    def update_job(self) -> Job:
+        """Continue training θ_std of the first seed on clean images: epochs/3 at lr/10."""
+        seed = self.args.seeds[0]
+        epochs = max(1, self.args.epochs // 3)
+        settings = self._settings(seed + 1000) | {
+            **{"pretrained": str(self.standard(seed)), "keep_head": True},
+            **{"lr": self.args.lr / 10, "epochs": epochs, "decreasing_lr": str(epochs)},
+        }
+        return Job("θ_std, trained on", self.folder(seed) / "updated", settings, stage=1)
+
+    def _settings(self, seed: int) -> dict:
+        names = "dataset arch data image_size classes train_images test_images frost_dir device amp"
+        names += " epochs decreasing_lr severity pretrained lr batch_size"
+        return {name: getattr(self.args, name) for name in names.split()} | {"seed": seed}
+
+    def list_commands(self, jobs: Sequence[Job]) -> None:
+        """Print a command line for each model that is missing."""
+        stage = 0
+        if self.args.pretrains and not Path(self.args.pretrained).exists():
+            own = [arg for arg in self.args.command_line[1:] if arg != "--list"]
+            print(shlex.join(["python", "reproduce.py", "pretrain", *own]))
+            print("# when that is done:")
+        for job in jobs:
+            if job.stage > stage:
+                print("# when these are done:")
+                stage = job.stage
+            if self.args.force or not job.done:
+                print(shlex.join(["python", "train_corruption.py", *job.command(self.args.force)]))
+
+    def train(self, jobs: Sequence[Job]) -> None:
+        """Train the models that are missing, on --devices at once if several are named."""
+        force, devices = self.args.force, self.args.devices
+        if self.args.pretrains:
+            make_pretrained(self.args)
+        hashes: dict[str, str] = {}
+        for job in jobs:
+            if job.done and not force:
+                check_same_run(job, hashes)
+        for stage in (0, 1):
+            left = [job for job in jobs if job.stage == stage and (force or not job.done)]
+            if len(devices) > 1:
+                train_on(devices, left, force)
+                continue
+            for i, job in enumerate(left, start=1):
+                print(f"\n[{i}/{len(left)}] {job.title}", flush=True)
+                train_corruption.train(job.args(force))
+
+    # ---- ready to be patched ---------------------------------------------------------------
+
+    def patching(
+        self,
+        seed: int | None = None,
+        names: Sequence[str] | None = None,
+        target: Path | None = None,
+    ) -> Patching:
+        """The models of a seed (default: the first, with every corruption).
+
+        target: the checkpoint of another θ_target than θ_std.
+        """
+        seed = self.args.seeds[0] if seed is None else seed
+        names = tuple(names or self.args.corruptions)
+        if self._ready and self._ready[0] == (seed, names, target):
+            return self._ready[1]
+        args = copy.copy(self.args)
+        args.seed, args.corruption = seed, list(names)
+        args.base_model, args.patched_model = self.standard(seed), target
+        args.corruption_model_root = self.robust_root(seed)
+        args.signature, args.corruption_data, args.test_all_corruptions = [], None, False
+        run = Patching(args, self.method, self._kept)
+        if target is not None:  # its lineage is another by design, no reason to warn
+            run.target.pretrained_hash = None
+        self._ready = ((seed, names, target), run)
+        return run
+
+    def patchings(self) -> Iterator[Patching]:
+        """`patching` of every seed."""
+        for seed, names in self.seeds:
+            yield self.patching(seed, names)
+
+    def row(self, run: Patching, name: str, model: str, result: dict, **knobs: object) -> dict:
+        """One row of an experiment: `result` of `model` under corruption `name`."""
+        row = {"seed": run.args.seed, "corruption": name, "model": model, **knobs}
+        return row | {"TA": result["TA"], "RA": result["RA"][name]}
+
+    def bounds(self, run: Patching, name: str) -> Iterator[dict]:
+        """The rows between which a patch against `name` lies; batch norm alone where there is."""
+        yield self.row(run, name, STANDARD, run.standard([name]))
+        if alone := run.batchnorm_only([name]):
+            yield self.row(run, name, BATCHNORM_ONLY, alone)
+        yield self.row(run, name, ROBUST, run.robust(name))
+
+    def full_copy(self, run: Patching) -> int:
+        """Bytes of all values of a model in float32."""
+        return 4 * sum(tensor.numel() for tensor in run.states["standard"].values())
+
+    def bytes_of(self, signature: RobustWeightSignature) -> int:
+        """The size of the signature's file."""
+        with tempfile.TemporaryDirectory() as folder:
+            return signature.save(Path(folder) / "size.rws")
+
+    # ---- results ---------------------------------------------------------------------------
+
+    @property
+    def title(self) -> str:
+        """Data, architecture and recipe, for captions."""
+        a = self.args
+        classes, seeds = f", {a.classes} classes" if a.classes else "", " ".join(map(str, a.seeds))
+        rate = "" if a.lr == 0.01 else f", lr {a.lr:g}"
+        return (
+            f"{a.title or a.dataset}{classes}, {a.arch}, severity {a.severity}; {self.recipe} of "
+            f"fine-tuning (lr × 0.1 after {a.decreasing_lr}{rate}), seeds {seeds}"
+        )
+
+    @property
+    def ablation(self) -> str:
+        """What is not the paper's method, in words; how a signature is stored doesn't count."""
+        stored = {name: getattr(Method, name) for name in ("keep_num", "scheme", "per_channel")}
+        return replace(self.method, **stored).words()
+
+    def write(self, name: str, rows: list[dict], table: Table, out: Path, seconds: float) -> None:
+        """Print the table; write it (table.md), every row (table.csv), all about them (.json)."""
+        note = table.note
+        text = report.markdown_table(table.columns, table.lines)
+        caption = f"{self.title}. {f'{self.ablation}. ' if self.ablation else ''}{note}"
+        write_text(out / "table.md", f"{text}\n\n{caption}\n")
+        report.write_csv(out / "table.csv", rows)
+        trained = [self.standard(s).with_name("results.json") for s in self.args.seeds]
+        content = {
+            **{"experiment": name, "study": self.title, "ablation": self.ablation, "note": note},
+            "rows": rows,
+            "data": [json.loads(path.read_text(encoding="utf-8"))["data"] for path in trained],
+            "seconds": round(seconds, 1),
+            "arguments": vars(self.args),
+            **report.provenance(choose_device(self.args.device)),
+        }
+        report.write_json(out / "results.json", content)
+        print(f"\n{text}\n\n{caption}\n{out}")
+
+
+def check_same_run(job: Job, hashes: dict[str, str]) -> None:
+    """Raise InputError when the finished run in the job's folder had other settings.
+
+    hashes: of each θ_pre already read, kept over calls.
+    """
+    args = job.args()
+    source = args.pretrained
+    if source not in hashes:
+        hashes[source] = ckpt.backbone_hash(ckpt.pretrained_state_dict(source, args.arch))
+    saved = ckpt.read(job.folder / ckpt.LAST)
+    wanted = train_corruption.identity(args) | {"pretrained_hash": hashes[source]}
+    for name, value in wanted.items():
+        if name in saved and saved[name] != value:
+            raise InputError(
+                f"{job.folder} holds a run with {name} {saved[name]}, wanted is {value}: "
+                "name other --runs, or train again with --force"
+            )
+
+
+def train_on(devices: Sequence[str], jobs: Sequence[Job], force: bool) -> None:
+    """Train each model in a process of its own, one at a time on each of `devices`.
+
+    What a process prints goes to train.log in the model's folder. Raises InputError, after the
+    others are done, where one fails.
+    """
+    environment = dict(os.environ)
+    if set(devices) == {"cpu"}:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(devices)))
+    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for device in devices:
+        free.put(device)
+    started: list[subprocess.Popen] = []
+
+    def work(job: Job) -> str | None:
+        """Train one model; gives what went wrong."""
+        device = free.get()
+        print(f"{device}: {job.title}", flush=True)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        log, script = job.folder / "train.log", str(Path(train_corruption.__file__).resolve())
+        command = [sys.executable, script, *job.command(force), "--device", device]
+        with open(log, "w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        started.append(process)
+        code = process.wait()
+        free.put(device)
+        last = log.read_text().strip().splitlines()[-1:] or ["no output"]
+        return f"{job.title}: {last[0]} ({log})" if code else None
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        futures = [pool.submit(work, job) for job in jobs]
+        try:
+            failed = [said for future in as_completed(futures) if (said := future.result())]
+        except BaseException:  # interrupted: the next start goes on where the processes are now
+            for future in futures:
+                future.cancel()
+            for process in started:
+                with contextlib.suppress(OSError):
+                    process.terminate()
+            raise
+    if failed:
+        raise InputError(f"{len(failed)} of {len(jobs)} models failed: {'; '.join(failed)}")

@@ -1,0 +1,205 @@
+"""The rules of the experiments on rows made up so that each verdict is due; the report."""
+
+import json
+
+import pytest
+
+from experiments import EXPERIMENTS, report, tables
+from experiments.alpha import TAKEN_OFF
+from experiments.compose import COMPOSED
+from experiments.layers import CONTROL
+from experiments.tables import (
+    BATCHNORM_ONLY,
+    FAILS,
+    HOLDS,
+    PARTLY,
+    PATCHED,
+    ROBUST,
+    STANDARD,
+    UNION,
+    UNTOLD,
+)
+from experiments.transfer import CARRIED, ORIGINAL, OWN, UPDATED
+from utils.errors import InputError
+
+
+def row(model, ra, ta=90.0, **knobs):
+    return {"seed": 0, "corruption": "fog", "model": model, "TA": ta, "RA": float(ra)} | knobs
+
+
+def between(standard, robust, *rows):
+    return [row(STANDARD, standard, bytes=0), row(ROBUST, robust, bytes=1000), *rows]
+
+
+def patched(ra, **knobs):
+    return row(PATCHED, ra, **knobs)
+
+
+def judge(name, rows):
+    return EXPERIMENTS[name].verdict(rows)
+
+
+# ---- rules ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ra", "ta", "verdict"),
+    [(68, 88.0, HOLDS), (68, 80.0, PARTLY), (61, 90.0, PARTLY), (55, 90.0, FAILS)],
+)
+def test_main(ra, ta, verdict):
+    forms = [patched(ra, ta=ta, bits=b, bytes=size) for b, size in ((32, 100), (4, 13))]
+    got, words = judge("main", between(50, 70, *forms))
+    assert got == verdict and f"{(ra - 50) * 5:.0f} %" in words and "1/10" in words
+
+
+def test_main_is_of_seeds_that_have_every_corruption():
+    rows = []
+    for name, seed in (("fog", 0), ("snow", 0), ("fog", 1)):
+        ra = 68 if seed == 0 else 0
+        one = between(50, 70, patched(ra, bits=32, bytes=100))
+        rows += [r | {"corruption": name, "seed": seed} for r in one]
+    verdict, words = judge("main", rows)
+    assert verdict == HOLDS and "90 %" in words and "(90 to 90 %)" in words
+
+
+def test_main_tells_what_batch_norm_alone_and_data_augmentation_do():
+    more = row(BATCHNORM_ONLY, 65, bytes=0), row(UNION, 60, ta=70.0, bytes=1000)
+    verdict, words = judge("main", between(50, 70, patched(68, bits=32, bytes=100), *more))
+    assert verdict == HOLDS and "90 %" in words and "75 % of the gain with no signature" in words
+    assert "data augmentation: RA 60.0, TA 70.0; patches: RA 68.0, TA 90.0" in words
+
+
+def layers(name, shallow, deep):
+    values = enumerate([shallow] * 2 + [deep] * 4, start=1)
+    return [{"seed": 0, "corruption": name, "layer": i, "value": v} for i, v in values]
+
+
+@pytest.mark.parametrize(("deep", "verdict"), [(0.1, HOLDS), (0.9, FAILS)])
+def test_layers(deep, verdict):
+    assert judge("layers", layers("fog", 0.5, deep))[0] == verdict
+
+
+def test_layers_against_another_clean_seed():
+    control = layers(CONTROL, 0.3, 0.1)
+    verdict, words = judge("layers", [*layers("fog", 0.4, 0.1), *control])
+    assert verdict == HOLDS and "only in layer 1, 2;" in words
+    assert judge("layers", [*layers("fog", 0.2, 0.1), *control])[0] == FAILS
+
+
+def test_similarity_needs_both_families_and_names():
+    inside = {"seed": 0, "a": "gaussian_noise", "b": "shot_noise", "value": 0.8}
+    across = {"seed": 0, "a": "gaussian_noise", "b": "fog", "value": 0.1}
+    right = {"seed": 1, "corruption": "fog", "named": "fog", "value": 0.5}
+    wrong = right | {"named": "snow"}
+    for rows, verdict in (
+        ([inside, across, right], HOLDS),
+        ([inside, across, right, wrong], PARTLY),
+        ([inside, across], PARTLY),
+        ([inside | {"value": 0.0}, across, wrong], FAILS),
+        ([across], UNTOLD),
+        ([across, right], HOLDS),
+    ):
+        assert judge("similarity", rows)[0] == verdict
+
+
+def test_consistency():
+    pairs = [(a, b) for a in ("fog", "snow", "frost") for b in ("fog", "snow")]
+    rows = [{"seed": 0, "a": a, "b": b, "value": 0.5 if a == b else 0.1} for a, b in pairs]
+    assert judge("consistency", rows)[0] == HOLDS
+    rows[-1]["value"] = 0.6
+    assert judge("consistency", rows)[0] == PARTLY
+
+
+def test_keep_num():
+    kept = [patched(ra, keep_num=k) for k, ra in ((1, 52), (3, 66), (6, 67), (8, 65))]
+    verdict, words = judge("keep_num", between(50, 70, *kept))
+    assert verdict == HOLDS and words.startswith("3 of 8 layers recover 80 %")
+    assert judge("keep_num", between(50, 40, patched(52, keep_num=1)))[0] == FAILS
+    assert judge("keep_num", between(50, 70, patched(40, keep_num=1)))[0] == FAILS
+    verdict, words = judge("keep_num", between(50, 70, *kept, row(BATCHNORM_ONLY, 66)))
+    assert verdict == HOLDS and words.startswith("3 of 8") and "alone 80 %" in words
+
+
+@pytest.mark.parametrize(
+    ("ra", "size", "verdict"), [(69.5, 10, HOLDS), (69.5, 100, PARTLY), (60, 10, FAILS)]
+)
+def test_quantization(ra, size, verdict):
+    forms = patched(70, keep_num=7, bits=32, bytes=100), patched(ra, keep_num=7, bits=4, bytes=size)
+    other = patched(99, keep_num=1, bits=4, bytes=1)  # the layers nearest to 7 are judged
+    assert judge("quantization", between(50, 75, *forms, other))[0] == verdict
+
+
+def test_alpha():
+    swept = [patched(ra, alpha=a) for a, ra in ((0, 50), (0.5, 60), (1, 70), (1.5, 10))]
+    back = {"seed": 0, "corruption": "fog", "model": TAKEN_OFF, "value": 1}
+    assert judge("alpha", [*swept, back])[0] == HOLDS
+    assert judge("alpha", [*swept, back | {"value": 0}])[0] == FAILS
+    assert judge("alpha", [swept[3], back])[0] == UNTOLD
+    swept[1]["RA"] = 80.0
+    assert judge("alpha", [*swept, back])[0] == FAILS
+
+
+@pytest.mark.parametrize(("composed", "verdict"), [(68, HOLDS), (60, PARTLY), (52, FAILS)])
+def test_compose(composed, verdict):
+    models = [row(STANDARD, 50), row(COMPOSED, composed, w=0.5), row(COMPOSED, 20, w=1.0)]
+    rows = [r | {"group": "fog+snow"} for r in (*models, row(UNION, 70))]
+    got, words = judge("compose", rows)
+    assert got == verdict and "w = 1/n" in words
+
+
+@pytest.mark.parametrize(("moved", "verdict"), [(65, HOLDS), (55, PARTLY), (50, FAILS)])
+def test_transfer(moved, verdict):
+    far = between(50, 72, patched(moved, signature=CARRIED), patched(70, signature=OWN))
+    near = [row(STANDARD, 50, case=UPDATED), patched(70, signature=CARRIED, case=UPDATED)]
+    near += [r | {"case": ORIGINAL} for r in between(50, 72, patched(70, signature=OWN))]
+    assert judge("transfer", [*(r | {"case": "a → b"} for r in far), *near])[0] == verdict
+    got, words = judge("transfer", near)
+    assert got == PARTLY and "another data set: not measured" in words
+
+
+# ---- tables ---------------------------------------------------------------------------------
+
+
+def test_table_means_over_whole_seeds_and_spreads():
+    rows = []
+    for seed, name, ra in ((0, "fog", 60), (0, "snow", 70), (1, "fog", 64)):
+        rows += [r | {"seed": seed, "corruption": name} for r in between(50, 70, patched(ra))]
+    made = tables.accuracies(rows)
+    assert made.columns == ["model", "TA, %", "RA, %", "recovered, %", "RA fog, %", "RA snow, %"]
+    assert made.lines == [
+        ["standard", "90.0", "50.0", None, "50.0 ± 0.0", "50.0"],
+        ["patched", "90.0", "65.0", "75.0", "62.0 ± 2.8", "70.0"],
+        ["robust", "90.0", "70.0", None, "70.0 ± 0.0", "70.0"],
+    ]
+
+
+# ---- report ---------------------------------------------------------------------------------
+
+
+def write(folder, back=1, **more):
+    rows = between(50, 75, patched(50, alpha=0), patched(70, alpha=1))
+    rows.append({"seed": 0, "corruption": "fog", "model": TAKEN_OFF, "value": back})
+    content = {"experiment": "alpha", "rows": rows, "study": "made up; briefly", "note": "Note."}
+    content |= {"ablation": "", "command": "reproduce.py alpha", "device": "none", "torch": "0"}
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(content | more))
+
+
+def test_report_gathers_and_combines(tmp_path):
+    write(tmp_path / "a" / "alpha")
+    report.write(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "## alpha: holds\n" in text and "## main: not measured" in text
+    write(tmp_path / "b" / "alpha", back=0, caveat="Of another network.")
+    write(tmp_path / "c" / "alpha", back=0, ablation="layers deepest")
+    report.write(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "## alpha: holds partly\n" in text and text.count("c/alpha") == 1
+    assert text.index("## Ablations") < text.index("c/alpha")
+    assert text.index("**Of another network.**") < text.index("| experiment")
+    assert text.count("made up; briefly") == 1 and text.count("python reproduce.py alpha") == 1
+    report.write(tmp_path / "c")  # an ablation alone
+    assert "## alpha: not measured" in (tmp_path / "c" / "README.md").read_text()
+    (tmp_path / "b" / "alpha" / "results.json").write_text("{")
+    with pytest.raises(InputError, match="b/alpha"):
+        report.write(tmp_path)

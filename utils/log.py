@@ -1,0 +1,55 @@
+"""The log of the authors' program: TA and RA of standard and patched models, over several runs.
+
+{"std"|"patched": {"clean": [TA of each run], "robust": {corruption: latest RA}}}
+"""
+
+from __future__ import annotations
+
+from numbers import Real
+from pathlib import Path
+from statistics import fmean
+
+from utils import checkpoint
+from utils.errors import InputError
+from utils.files import hold
+
+KINDS = ("std", "patched")
+
+
+def read(path: Path) -> dict:
+    """The log at `path`, empty where there is none; InputError for anything else in the file."""
+    if not path.exists():
+        return {kind: {"clean": [], "robust": {}} for kind in KINDS}
+    log = checkpoint.read(path, "log")
+    if not all(_is_entry(log.get(kind)) for kind in KINDS):
+        raise InputError(f"--save_log {path}: holds something else than a log of this script")
+    return log
+
+
+def _is_entry(entry: object) -> bool:
+    if not isinstance(entry, dict) or entry.keys() != {"clean", "robust"}:
+        return False
+    clean, robust = entry["clean"], entry["robust"]
+    if not isinstance(clean, list) or not isinstance(robust, dict):
+        return False
+    return all(isinstance(accuracy, Real) for accuracy in (*clean, *robust.values()))
+
+
+def update(path: Path, standard: dict, patched: dict) -> None:
+    """Add a run, {"TA": …, "RA": {…}} of each model, and print the averages over the runs.
+
+    Processes that add to one log at the same time take turns.
+    """
+    with hold(path.with_name(f".{path.name}.lock")):
+        log = read(path)
+        for kind, row in zip(KINDS, (standard, patched), strict=True):
+            log[kind]["clean"].append(row["TA"])
+            log[kind]["robust"].update(row["RA"])
+        checkpoint.save(log, path)
+    print(f"\n{path}: averages over {len(log['std']['clean'])} runs")
+    for kind in KINDS:
+        clean, robust = log[kind]["clean"], log[kind]["robust"]
+        print(
+            f"  {kind:<8} TA {fmean(clean):.2f}"
+            f"  RA {fmean(robust.values()):.2f} over {len(robust)} corruptions"
+        )

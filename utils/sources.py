@@ -1,0 +1,97 @@
+"""The files that the flags of model_patching.py name: θ_pre, θ_std, every θ_c, signatures."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+
+from torch import Tensor
+
+from models.layers import depth_order
+from utils import arguments
+from utils import checkpoint as ckpt
+from utils.errors import InputError
+from utils.files import check_writable
+from utils.signature import RobustWeightSignature
+
+
+def find_robust(root: str | Path, corruption: str) -> Path:
+    """The checkpoint of `corruption` under `root`: in the folder of that name, or with it in.
+
+    Raises InputError when there is no such folder, several, or no checkpoint in it.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"--corruption_model_root {root}: no such folder")
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    found = [f for f in folders if f.name == corruption]
+    found = found or [f for f in folders if corruption in f.name]
+    if len(found) != 1:
+        names = ", ".join(f.name for f in (found or folders)) or "nothing"
+        what = "several folders fit" if found else "no folder for"
+        raise InputError(f"--corruption_model_root {root}: {what} {corruption} (there: {names})")
+    path = found[0] / ckpt.BEST_RA
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; train_corruption.py --save_dir writes it")
+    return path
+
+
+def load_states(args: argparse.Namespace) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
+    """θ_pre, θ_std and every θ_c as float32 state dicts; with --signature only the θ_c given.
+
+    Also the severity that each θ_c says it was trained at (--severity where it says nothing).
+    """
+    states, severities = {}, {}
+    if not args.signature:
+        source = arguments.pretrained_source(args)
+        states["pretrained"] = ckpt.pretrained_state_dict(source, args.arch)
+        states["standard"] = ckpt.read_state_dict(args.base_model)
+        wanted = [key for layer in depth_order(args.arch) for key in layer]
+        for path, state in zip((source, args.base_model), states.values(), strict=True):
+            missing = [key for key in wanted if key not in state]
+            if missing:
+                raise InputError(f"{path} does not hold a {args.arch}: it has no {missing[0]}")
+        pretrained_hash = ckpt.backbone_hash(states["pretrained"])
+    for name in args.corruption if args.corruption_model_root else ():
+        path = find_robust(args.corruption_model_root, name)
+        checkpoint = ckpt.read(path)
+        states[name] = ckpt.state_dict_of(checkpoint, path)
+        severity = checkpoint.get("severity")
+        severities[name] = severity if severity in range(1, 6) else args.severity
+        lineage = checkpoint.get("pretrained_hash")
+        if lineage and not args.signature and lineage != pretrained_hash:
+            warnings.warn(f"{path} was not fine-tuned from {source}", stacklevel=2)
+    return states, severities
+
+
+def load_signatures(args: argparse.Namespace) -> list[RobustWeightSignature]:
+    """The files of --signature; their corruptions become --corruption."""
+    signatures = [RobustWeightSignature.load(path) for path in args.signature]
+    for path, signature in zip(args.signature, signatures, strict=True):
+        if signature.arch != args.arch:
+            raise InputError(f"{path}: a signature of {signature.arch}, but --arch is {args.arch}")
+        if not signature.corruptions:
+            raise InputError(f"--signature {path}: against which corruption it is, it doesn't say")
+    if signatures:
+        args.corruption = list(dict.fromkeys(c for s in signatures for c in s.corruptions))
+    return signatures
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise InputError where an output can't be written, or would replace an input or another."""
+    inputs = (args.base_model, args.patched_model, arguments.pretrained_source(args))
+    taken = {Path(file).resolve() for file in (*inputs, *args.signature) if file}
+    for flag in ("save_model", "save_log"):
+        if not (file := getattr(args, flag)):
+            continue
+        path = Path(file)
+        if path.is_dir():
+            raise InputError(f"--{flag} {file}: that is a folder, name a file")
+        for written in (path, path.with_name(f"{path.name}.json")):
+            if written.resolve() in taken:
+                raise InputError(f"--{flag} {file}: {written} is read or written as well; rename")
+            taken.add(written.resolve())
+        check_writable(path.parent)
+    if args.save_signature:
+        check_writable(args.save_signature)
