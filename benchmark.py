@@ -12,7 +12,7 @@ The ways of a comparison take turns, a window of time each, so that whatever els
 slows them alike. The table has the median over the windows, their spread (largest less smallest)
 and speeds relative to the best of a group; results.json in --out also has each window's seconds.
 
-ours: a BatchLoader, channels_last, fused SGD, in bf16 and float32 where the hardware has bf16.
+ours: a BatchLoader and fused SGD, in each arithmetic and memory format; one is the default here.
 ceiling: the same step on one batch that stays on the device; what ours lacks to it, batches cost.
 classic: Pillow image by image in a DataLoader, from decoded images and with workers that stay up;
 contiguous float32, plain SGD, loss and accuracy read in every step.
@@ -21,6 +21,7 @@ contiguous float32, plain SGD, loss and accuracy read in every step.
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import tempfile
 from argparse import Namespace
@@ -44,9 +45,8 @@ from datasets.loader import BatchLoader, augmentation_for, evaluation_batches
 from datasets.normalization import normalization
 from models import build_model
 from models.vgg import MIN_SIDE, VGGS
-from utils import arguments, report
+from utils import arguments, engine, report
 from utils.arguments import count, flag, number
-from utils.engine import TrainStep, choose_device, evaluate, sgd, to_device, train_epoch, use_amp
 from utils.errors import InputError, script_errors
 from utils.files import check_writable, write_text
 from utils.signature import Method, RobustWeightSignature, patch, project_out
@@ -92,14 +92,23 @@ def compare(
 def compare_epochs(
     args: Namespace, device: torch.device, batches: BatchLoader, ours: Callable, classic: Ways
 ) -> Iterator[dict]:
-    """Rows of ours(batches, whether in bf16), its ceiling, and `classic` on the same images."""
+    """Rows of ours(batches, in bf16?, memory format), its ceiling, and `classic` on these images.
+
+    Ours in every arithmetic and memory format; "default" is what the scripts choose here.
+    """
     images, labels = next(iter(batches))
-    first = images.contiguous(memory_format=torch.channels_last), labels
-    amp = use_amp(device, args.amp)
-    ways = {f"ours, {'bf16' if amp else 'float32'}": ours(batches, amp)}
-    if amp and args.amp is None:
-        ways["ours, float32"] = ours(batches, False)
-    ways["ceiling"] = ours([first] * len(batches), amp)
+    default = engine.use_amp(device, args.amp)
+    chosen = default, engine.memory_format(device, default)
+    # Emulated, a batch takes minutes.
+    slow = "no bf16" in engine.bf16_gain(device.type)[1]
+    amps = (args.amp,) if args.amp is not None else (False,) if slow else (False, True)
+    ways = {}
+    for amp, layout in itertools.product(amps, (torch.contiguous_format, torch.channels_last)):
+        name = f"ours, {'bf16' if amp else 'float32'} {engine.layout_words(layout)}"
+        name += ", default" if (amp, layout) == chosen else ""
+        ways[name] = ours(batches, amp, layout)
+    first = images.contiguous(memory_format=chosen[1]), labels
+    ways["ceiling"] = ours([first] * len(batches), *chosen)
     ways |= classic
     handled = dict.fromkeys(ways, sum(map(batches.whole_batch, range(len(batches)))))
     handled["ceiling"] = len(batches) * len(labels)
@@ -119,12 +128,16 @@ def new_model(args: Namespace, images: ImageSet, seed: int = 0) -> nn.Module:
     return build_model(args.arch, len(images.classes), *normalization(images.name, images))
 
 
-def our_training(start: nn.Module, device: torch.device, batches: Iterable, amp: bool) -> Callable:
+def our_training(
+    start: nn.Module, device: torch.device, batches: Iterable, amp: bool, layout: object = None
+) -> Callable:
     """An epoch of training as train_corruption.py does it, of a copy of `start`."""
-    model = to_device(copy.deepcopy(start), device)
-    optimizer = sgd(model, TINY_LR)
-    step = TrainStep(model, optimizer, amp=amp)
-    return partial(train_epoch, model, batches, optimizer, amp=amp, step=step)
+    model = engine.to_device(copy.deepcopy(start), device, amp)
+    if layout is not None:  # another memory format than the scripts choose
+        model.to(memory_format=layout)
+    optimizer = engine.sgd(model, TINY_LR)
+    step = engine.TrainStep(model, optimizer, amp=amp)
+    return partial(engine.train_epoch, model, batches, optimizer, amp=amp, step=step)
 
 
 def classic_ways(
@@ -198,10 +211,10 @@ def evaluation(args: Namespace, device: torch.device) -> Iterator[dict]:
     """An evaluation; ours and the ceiling in batches of the size that suits the device."""
     images = load_images(args)
     classic = new_model(args, images).eval().to(device)
-    model = to_device(copy.deepcopy(classic), device)
 
-    def ours(batches: Iterable, amp: bool) -> Callable:
-        return partial(evaluate, model, batches, amp=amp)
+    def ours(batches: Iterable, amp: bool, layout: torch.memory_format) -> Callable:
+        model = engine.to_device(copy.deepcopy(classic), device, amp).to(memory_format=layout)
+        return partial(engine.evaluate, model, batches, amp=amp)
 
     @torch.no_grad()
     def step(images: Tensor, labels: Tensor) -> int:
@@ -225,19 +238,19 @@ def accuracy(args: Namespace, device: torch.device) -> Iterator[dict]:
     """Training from the same random weights, mean ± standard deviation over --seeds."""
     images = load_images(args)
     test = evaluation_batches(load_images(args, "test"), device)
-    augment, amp = augmentation_for(images.name), use_amp(device, args.amp)
+    augment, amp = augmentation_for(images.name), engine.use_amp(device, args.amp)
     found: dict[tuple[int, str], list] = {}  # (epoch, way) → loss and accuracy of each seed
     for seed in args.seeds:
         classic = new_model(args, images, seed).to(device)
-        model = to_device(copy.deepcopy(classic), device)
+        model = engine.to_device(copy.deepcopy(classic), device, amp)
         batches = BatchLoader(images, args.batch_size, augment, device, shuffle=True, seed=seed)
-        optimizer, step = sgd(model, args.lr), classic_training(classic, args.lr)
+        optimizer, step = engine.sgd(model, args.lr), classic_training(classic, args.lr)
         slow, *_ = classic_ways(args, device, images, augment, step).values()
         for epoch in range(1, args.epochs + 1):
-            loss = train_epoch(model, batches, optimizer, amp=amp, title=f"epoch {epoch}").loss
-            ours = loss, evaluate(model, test, amp=amp)
+            stats = engine.train_epoch(model, batches, optimizer, amp=amp, title=f"epoch {epoch}")
+            ours = stats.loss, engine.evaluate(model, test, amp=amp)
             found.setdefault((epoch, "ours"), []).append(ours)
-            theirs = fmean(slow()), evaluate(classic, test, amp=False)
+            theirs = fmean(slow()), engine.evaluate(classic, test, amp=False)
             found.setdefault((epoch, "classic"), []).append(theirs)
     for (epoch, way), points in found.items():
         losses, accuracies = map(_mean_sd, zip(*points, strict=True))
@@ -259,7 +272,7 @@ def corruptions(args: Namespace, device: torch.device) -> Iterator[dict]:
 def resampling(args: Namespace, device: torch.device) -> Iterator[dict]:
     """An epoch of training on fixed images, and on a corruption drawn anew in every epoch."""
     images = load_images(args)
-    model, amp = new_model(args, images), use_amp(device, args.amp)
+    model, amp = new_model(args, images), engine.use_amp(device, args.amp)
     form = (args.batch_size, augmentation_for(images.name), device, True)
 
     def draw(name: str, epoch: int) -> Tensor:
@@ -361,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     """Measure, print the table, write --out; gives the rows."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    device = choose_device(args.device)
+    device = engine.choose_device(args.device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # the clock waits for this one
     if isinstance(getattr(args, "images", None), tuple):

@@ -38,7 +38,7 @@ from models import build_model
 from utils import arguments, log, report, sources
 from utils import checkpoint as ckpt
 from utils.batchnorm import has_batchnorm, reestimate
-from utils.engine import choose_device, evaluate, to_device, use_amp
+from utils.engine import arithmetic, choose_device, evaluate, to_device, use_amp
 from utils.errors import InputError, script_errors
 from utils.measurements import Measurements
 from utils.signature import Method, RobustWeightSignature, patch
@@ -78,7 +78,7 @@ class Patching:
         model = build_model(args.arch, len(clean.classes), *constants)
         ckpt.load_model_weights(model, args.arch, state, path)
         model.pretrained_hash = checkpoint.get("pretrained_hash")
-        self.target = to_device(model, self.device).eval()
+        self.target = to_device(model, self.device, self.amp).eval()
 
         measured = CORRUPTIONS if args.test_all_corruptions else args.corruption
         sets = {"clean": clean}
@@ -379,7 +379,7 @@ def print_header(run: Patching) -> None:
         "test images": f"{len(clean):,} of {clean.name}, clean and corrupted at severity "
         f"{args.severity} ({', '.join(origins)})",
         **flags.frost_note(run.sets, args.frost_dir),
-        "device": f"{report.device_name(run.device)}, {'bf16' if run.amp else 'float32'}",
+        "device": f"{report.device_name(run.device)}, {arithmetic(run.device, run.amp, args.amp)}",
     }
     if ablation := replace(run.method, keep_num=Method.keep_num).words():
         facts["method"] = ablation

@@ -184,7 +184,7 @@ def fine_tune(args: Namespace, folder: Path) -> dict:
     sets = {"train": images, "val": val["clean"], "test": test["clean"]}
     print_header(args, sets, pretrained_hash, loader, amp)
 
-    model = distributed.synchronized(engine.to_device(model, device))
+    model = distributed.synchronized(engine.to_device(model, device, amp))
     if args.compile:
         engine.compile_model(model, device)
     optimizer = engine.sgd(model, args.lr, args.momentum, args.weight_decay)
@@ -193,8 +193,12 @@ def fine_tune(args: Namespace, folder: Path) -> dict:
     progress = {"epoch": 0, "best_sa": -1.0, "best_ra": -1.0, "history": []}
     parts = {"state_dict": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
     run = {**identity(args), "pretrained_hash": pretrained_hash}
-    if args.resume:
-        resume(args, run, parts, progress)
+    saved_amp = resume(args, run, parts, progress) if args.resume else None
+    if args.amp is None and saved_amp is not None and saved_amp != amp:
+        began, ours = (engine.arithmetic(device, a, a) for a in (saved_amp, amp))
+        print(f"goes on as it began, in {began}; this machine would have chosen {ours}")
+        amp = saved_amp
+        engine.to_device(model, device, amp)
     choosing = {name: evaluation_batches(part, device) for name, part in val.items()}  # copied once
 
     step = engine.TrainStep(model, optimizer, amp=amp)
@@ -220,7 +224,7 @@ def fine_tune(args: Namespace, folder: Path) -> dict:
         progress["history"].append(entry)
         if distributed.rank() == 0:
             states = {name: part.state_dict() for name, part in parts.items()}
-            content = {**states, "rng": torch.get_rng_state(), **progress, **run}
+            content = {**states, "rng": torch.get_rng_state(), "amp": amp, **progress, **run}
             remove_earlier(folder, everything=epoch == 1)
             for name in (*better, ckpt.LAST):
                 ckpt.save(content, folder / name)
@@ -262,12 +266,15 @@ def identity(args: Namespace) -> dict:
     return dataset | {name: getattr(args, name) for name in names} | severity
 
 
-def resume(args: Namespace, run: dict, parts: dict, progress: dict) -> None:
-    """Continue a run of `train`: weights, optimizer, schedule, random states, best scores."""
+def resume(args: Namespace, run: dict, parts: dict, progress: dict) -> bool | None:
+    """Continue a run of `train`: weights, optimizer, schedule, random states, best scores.
+
+    Gives whether it ran in bf16, None where that isn't known.
+    """
     folder = Path(args.save_dir)
     path = folder / ckpt.LAST if args.resume == "auto" else Path(args.resume)
     if args.resume == "auto" and not path.exists():
-        return
+        return None
     saved = ckpt.read(path)
     if missing := {*parts, *progress, "rng"} - saved.keys():
         raise InputError(f"--resume {path}: not written by this script ({sorted(missing)} missing)")
@@ -289,6 +296,7 @@ def resume(args: Namespace, run: dict, parts: dict, progress: dict) -> None:
                 ckpt.save(ckpt.read(path.parent / name), folder / name)
         ckpt.save(saved, folder / ckpt.LAST)
     print(f"resumed {path} after epoch {progress['epoch']}")
+    return saved.get("amp")
 
 
 def remove_earlier(folder: Path, everything: bool) -> None:
@@ -312,7 +320,7 @@ def print_header(
     if args.corruption:
         source = "drawn anew in every epoch" if args.resample_corruption else images.source
         facts["corrupted"] = f"severity {args.severity}, {source}"
-    how = [report.device_name(loader.device), "bf16" if amp else "float32"]
+    how = [report.device_name(loader.device), engine.arithmetic(loader.device, amp, args.amp)]
     how += [name for name in ("compile", "deterministic") if getattr(args, name)]
     how += [f"{loader.ranks} processes"] if loader.ranks > 1 else []
     facts |= {

@@ -59,7 +59,8 @@ def pretrain(args: argparse.Namespace, images: ImageSet, path: Path) -> None:
     model = build_model(arch, len(images.classes), *normalization(images.name, images))
     if arch in VGGS:
         add_batchnorm(model, arch)
-    model = to_device(model, device)
+    amp = use_amp(device, args.amp)
+    model = to_device(model, device, amp)
     augment = augmentation_for(images.name)
     loader = BatchLoader(images, 64, augment=augment, device=device, shuffle=True)
     optimizer = sgd(model, 0.05)
@@ -73,7 +74,6 @@ def pretrain(args: argparse.Namespace, images: ImageSet, path: Path) -> None:
         if {name: saved.get(name) for name in settings} == settings:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-    amp = use_amp(device, args.amp)
     step = TrainStep(model, optimizer, amp=amp)
     for epoch in range(loader.epoch + 1, epochs + 1):
         title = f"pretraining {epoch}/{epochs}"

@@ -120,16 +120,19 @@ def test_the_matrix_projects_as_project_out_which_needs_none():
 
 @pytest.mark.parametrize("stage", ["train", "evaluate"])
 def test_models_beside_the_classic_way(stage, tmp_path, one_second, monkeypatch):
-    monkeypatch.setattr(benchmark, "use_amp", lambda _, wanted: wanted is not False)
+    monkeypatch.setattr(benchmark.engine, "bf16_gain", lambda _: (False, "told so"))
     flags = [stage, *MADE, "--arch", "resnet18"]
     rows = run(tmp_path, *flags, "--images", "10", "--workers", "0", "1")
-    ways = ["ours, bf16", "ours, float32", "ceiling", "classic, 0 workers", "classic, 1 workers"]
+    bf16 = ["ours, bf16 contiguous", "ours, bf16 channels_last"]
+    ours = ["ours, float32 contiguous, default", "ours, float32 channels_last", *bf16]
+    ways = [*ours, "ceiling", "classic, 0 workers", "classic, 1 workers"]
     assert [row["way"] for row in rows] == ways
     # Training: batches of four, four and two, the ceiling's all of four. Evaluation: one of ten.
     ceiling = 12 if stage == "train" else 10
-    assert [row["images/s"] for row in rows] == [10, 10, ceiling, 10, 10]
+    assert [row["images/s"] for row in rows] == [10] * 4 + [ceiling, 10, 10]
     rows = run(tmp_path, *flags, "--images", "9", "--workers", "0", "--amp")
-    assert [row["way"] for row in rows] == ["ours, bf16", "ceiling", "classic, 0 workers"]
+    chosen = f"{bf16[1]}, default"
+    assert [row["way"] for row in rows] == [bf16[0], chosen, "ceiling", "classic, 0 workers"]
     # Batch norm can't train on a last batch of one.
     assert rows[0]["images/s"] == {"train": 8, "evaluate": 9}[stage]
 
@@ -210,7 +213,9 @@ def test_classic_evaluation_counts_what_ours_does(monkeypatch):
     args = benchmark.parse_args(["evaluate", *TINY, *MADE, "--images", "30", "--workers", "0"])
     _, _, batches, ours, ways = benchmark.evaluation(args, CPU)
     correct = sum(ways["classic, 0 workers"]())
-    assert correct > 0 and ours(batches, False)() == pytest.approx(100 * correct / 30)
+    assert correct > 0 and ours(batches, False, torch.channels_last)() == pytest.approx(
+        100 * correct / 30
+    )
 
 
 # ---- command line ---------------------------------------------------------------------------

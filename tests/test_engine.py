@@ -134,7 +134,7 @@ def test_recorded_steps_are_the_plain_ones(arch, amp, monkeypatch):
     device, runs = torch.device("cuda"), []
     for graph in (False, True):
         torch.manual_seed(0)
-        model = engine.to_device(build_model(arch, 4), device)
+        model = engine.to_device(build_model(arch, 4), device, False)
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
         monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
         optimizer = sgd(model, 0.01)
@@ -155,7 +155,7 @@ def test_recorded_steps_are_the_plain_ones(arch, amp, monkeypatch):
 @pytest.mark.parametrize("graph", [False, True])
 def test_steps_on_a_gpu_never_wait_for_it(graph):
     device = torch.device("cuda")
-    model = engine.to_device(small_model(), device)
+    model = engine.to_device(small_model(), device, False)
     step = TrainStep(model, sgd(model, 0.05), amp=True)
     step.rate = step.rate if graph else None
     loader = BatchLoader(make_set(16 * 8), 16, device=device, shuffle=True)
@@ -205,13 +205,28 @@ def test_evaluate_is_the_share_of_right_answers():
 
 
 @pytest.mark.parametrize(
-    ("flags", "has"), [("avx512_bf16 avx2", True), ("amx_bf16", True), ("avx2", False)]
+    ("cpuinfo", "gains"),
+    [
+        ("vendor_id : GenuineIntel\nflags : avx512_bf16 avx2", False),
+        ("vendor_id : GenuineIntel\nflags : avx512_bf16 amx_bf16", True),
+        ("vendor_id : AuthenticAMD\nflags : avx512_bf16 avx2", True),
+        ("vendor_id : AuthenticAMD\nflags : avx2", False),
+    ],
 )
-def test_amp_is_on_where_the_cpu_multiplies_in_it_or_as_wanted(flags, has, monkeypatch):
+def test_arithmetic_is_what_the_cpu_gains_from_or_as_wanted(cpuinfo, gains, monkeypatch):
     monkeypatch.setattr(engine.Path, "exists", lambda _: True)
-    monkeypatch.setattr(engine.Path, "read_text", lambda _: flags)
-    cpu = torch.device("cpu")
-    assert [engine.use_amp(cpu, wanted) for wanted in (None, True, False)] == [has, True, False]
+    monkeypatch.setattr(engine.Path, "read_text", lambda _: cpuinfo)
+    engine.bf16_gain.cache_clear()
+    cpu, model = torch.device("cpu"), torch.nn.Conv2d(3, 8, 3)
+    for wanted in (None, True, False):
+        amp = engine.use_amp(cpu, wanted)
+        assert amp == (gains if wanted is None else wanted)
+        engine.to_device(model, cpu, amp)
+        assert model.weight.is_contiguous(memory_format=torch.channels_last) == amp
+        told = engine.arithmetic(cpu, amp, wanted)
+        assert told.startswith("bf16, channels_last (" if amp else "float32, contiguous (")
+        assert wanted is None or told.endswith("amp)")
+    engine.bf16_gain.cache_clear()
 
 
 def test_deterministic(monkeypatch):
@@ -220,7 +235,7 @@ def test_deterministic(monkeypatch):
     fill = torch.utils.deterministic.fill_uninitialized_memory
     try:
         engine.be_deterministic()
-        engine.to_device(small_model(), torch.device("cpu"))
+        engine.to_device(small_model(), torch.device("cpu"), False)
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.backends.cudnn.benchmark
         assert engine.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
@@ -228,7 +243,7 @@ def test_deterministic(monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = fill
-    engine.to_device(small_model(), torch.device("cpu"))
+    engine.to_device(small_model(), torch.device("cpu"), False)
     assert torch.backends.cudnn.benchmark
 
 

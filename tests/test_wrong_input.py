@@ -96,7 +96,10 @@ TRAIN = [
     ("--dataset cifar10 --data {w}/cifar-c", r"cifar-c: .*\.npy files are a corrupted copy"),
     ("--dataset tinyimagenet", r"data has no val/ folder"),
     ("--dataset tinyimagenet --data {w}/empty", r"empty: no Tiny-ImageNet there"),
-    ("--arch vgg11 --image_size 12", r"vgg11: images of 12 pixels are too small, use --image_size 16"),
+    (
+        "--arch vgg11 --image_size 12",
+        r"vgg11: images of 12 pixels are too small, use --image_size 16",
+    ),
     # published corrupted sets
     *(
         (f"--std_data {{w}}/data --corruption fog --data {{w}}/{name}", said)
@@ -187,7 +190,10 @@ PATCH = [
             ("--signature {w}/truncated.rws", r"truncated\.rws: damaged, or not a signature file"),
             ("--signature {w}/std.pth", r"std\.pth: not a signature file"),
             ("--signature {w}/vgg11.rws", r"vgg11\.rws: a signature of vgg11, but --arch is res"),
-            ("--signature {w}/unnamed.rws", r"--signature .*unnamed\.rws: against which corruption"),
+            (
+                "--signature {w}/unnamed.rws",
+                r"--signature .*unnamed\.rws: against which corruption",
+            ),
             ("--signature {w}/shapes.rws", r"conv1\.weight is \(2,\), the model's is \(64, 3"),
             ("--signature {w}/fog.rws --keep_num 1", r"--keep_num is for extracting"),
             ("--signature {w}/fog.rws --finetune_alpha 1 2", r"--finetune_alpha has 2 values"),

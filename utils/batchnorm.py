@@ -49,7 +49,6 @@ def reestimate(
     seen = 0
     for loader in loaders:
         for images, _ in tqdm(loader, desc="batch-norm statistics", disable=None, leave=False):
-            images = images.contiguous(memory_format=torch.channels_last)
             for layer in layers:
                 layer.momentum = len(images) / (seen + len(images))
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):

@@ -1,13 +1,14 @@
 """Train and evaluate: the loops, without a host synchronization inside them.
 
 Batches come as floats on the model's device (datasets.loader); metrics are summed there and read
-once per print interval. On CUDA, and on CPUs with native bf16, the forward pass runs in bf16
-autocast with channels_last memory; weights and the update stay float32. On CUDA the whole training
-step is one CUDA graph (`TrainStep`).
+once per print interval. Where the hardware gains from it (`use_amp`) the forward pass runs in bf16
+autocast; weights and the update stay float32. Activations take the memory format of the weights
+(`to_device`). On CUDA the whole training step is one CUDA graph (`TrainStep`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterable
@@ -44,18 +45,47 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-def use_amp(device: torch.device, wanted: bool | None) -> bool:
-    """Whether to run in bf16: as `wanted`; None: where the hardware multiplies in it.
+@functools.cache
+def bf16_gain(kind: str) -> tuple[bool, str]:
+    """Whether bf16 is faster than float32 on this machine's "cuda" or "cpu", and why.
 
-    That is CUDA from Ampere on, and CPUs with the instructions (told on Linux only).
+    By vendor and instruction set, not by a trial, so that a machine always computes the same bits.
+    Intel's AVX-512 multiplies as many bf16 values a cycle as float32 ones, AMD's twice as many.
     """
-    if wanted is not None:
-        return wanted
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    if kind == "cuda":
+        gains = torch.cuda.is_bf16_supported(including_emulation=False)
+        return gains, "tensor cores" if gains else "no bf16 in hardware"
+    cpuinfo = Path("/proc/cpuinfo")  # Linux only
+    told = cpuinfo.read_text() if cpuinfo.exists() else ""
+    if "amx_bf16" in told:
+        return True, "AMX"
+    if "avx512_bf16" not in told:
+        return False, "no bf16 in hardware"
+    amd = "AuthenticAMD" in told
+    return amd, "AVX-512 of AMD" if amd else "bf16 is no faster on AVX-512 of Intel"
+
+
+def use_amp(device: torch.device, wanted: bool | None) -> bool:
+    """Whether to run in bf16: as `wanted`; None: where the hardware gains from it."""
+    return bf16_gain(device.type)[0] if wanted is None else wanted
+
+
+def memory_format(device: torch.device, amp: bool) -> torch.memory_format:
+    """channels_last, but on a CPU in float32: contiguous, which its libraries compute faster."""
+    fast = amp or device.type != "cpu"
+    return torch.channels_last if fast else torch.contiguous_format
+
+
+def layout_words(layout: torch.memory_format) -> str:
+    """ "contiguous" or "channels_last"."""
+    return str(layout).removeprefix("torch.").removesuffix("_format")
+
+
+def arithmetic(device: torch.device, amp: bool, wanted: bool | None) -> str:
+    """The arithmetic in words, for headers: what it is and why."""
+    why = bf16_gain(device.type)[1] if wanted is None else f"--{'' if amp else 'no_'}amp"
+    layout = layout_words(memory_format(device, amp))
+    return f"{'bf16' if amp else 'float32'}, {layout} ({why})"
 
 
 def be_deterministic() -> None:
@@ -69,11 +99,11 @@ def be_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def to_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` on `device`, its convolutions in channels_last, cuDNN choosing its algorithms."""
+def to_device(model: nn.Module, device: torch.device, amp: bool) -> nn.Module:
+    """`model` on `device`, in the `memory_format` that suits, cuDNN choosing its algorithms."""
     # By their speed, which differs from run to run.
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
-    return model.to(device, memory_format=torch.channels_last)
+    return model.to(device, memory_format=memory_format(device, amp))
 
 
 def compile_model(model: nn.Module, device: torch.device) -> None:
@@ -157,7 +187,6 @@ class TrainStep:
         self.graph.replay()
 
     def _run(self, images: Tensor, labels: Tensor, share: float = 1.0) -> None:
-        images = images.contiguous(memory_format=torch.channels_last)
         # Each weight is cast to bf16 once a step; a cache of the casts must not be in a graph.
         with torch.autocast(self.device.type, torch.bfloat16, self.amp, cache_enabled=False):
             logits = self.model(images)
@@ -188,7 +217,7 @@ class TrainStep:
 
     def _record(self, images: Tensor, labels: Tensor) -> None:
         """Make the graph of a step on `self.images` and `self.labels`; nothing is computed."""
-        self.images = torch.empty_like(images, memory_format=torch.channels_last)
+        self.images = torch.empty_like(images)
         self.labels = torch.empty_like(labels)
         self.optimizer.zero_grad(set_to_none=True)  # gradients are to lie in the graph's memory
         self.graph = torch.cuda.CUDAGraph()
@@ -263,7 +292,6 @@ def evaluate(
     training = model.training
     model.eval()
     for images, labels in tqdm(batches, desc=title, disable=None, leave=False):
-        images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, amp):
             correct += (model(images).argmax(1) == labels).sum()
         seen += len(labels)
