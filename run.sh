@@ -1,20 +1,23 @@
 #!/usr/bin/env bash
 # Set up an environment if need be, then run something in it:
 #   ./run.sh demo              the paper's job on the embedded data set, a few minutes on a CPU
-#   ./run.sh test [ARGS]       the tests (ARGS go to pytest)
+#   ./run.sh test [ARGS]       the tests, a process for each core (ARGS go to pytest)
+#   ./run.sh test --oldest     the tests with exactly the least versions stated, in .venv-oldest
 #   ./run.sh SCRIPT [ARGS]     any script, e.g. ./run.sh train_corruption --help
 # The interpreter is .venv's if there is one, else the current one if it has torch and torchvision,
 # else that of a new .venv. PYTHON names another one to start from.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-usage() { sed -n '2,7s/^# \{0,1\}//p' "$here/run.sh"; }
+usage() { sed -n '2,8s/^# \{0,1\}//p' "$here/run.sh"; }
 if [ $# -eq 0 ]; then usage >&2; exit 2; fi
 command=$1; shift
 case $command in -h|--help|help) usage; exit 0;; esac
 
 python=${PYTHON:-}
-if [ -z "$python" ] && [ -x "$here/.venv/bin/python" ]; then
+if [ "$command ${1:-}" = "test --oldest" ]; then
+    : # an environment of its own
+elif [ -z "$python" ] && [ -x "$here/.venv/bin/python" ]; then
     python=$here/.venv/bin/python
 else
     for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
@@ -33,27 +36,8 @@ else
     fi
 fi
 
-# Installs what a requirements file names, once: nothing happens when all of it is there.
-require() {
-    if ! "$python" - "$here/$1" <<'PY' 2>/dev/null
-import re, sys
-from importlib.metadata import version
-def check(path):
-    for line in open(path):
-        line = line.strip()
-        if line.startswith("-r "):
-            check(path.rsplit("/", 1)[0] + "/" + line[3:])
-        elif line:
-            name, least = re.fullmatch(r"([\w-]+)>=([\d.]+)", line).groups()
-            numbers = lambda v: [int(n) for n in re.findall(r"\d+", v)[:2]]
-            assert numbers(version(name)) >= numbers(least)
-check(sys.argv[1])
-PY
-    then
-        echo "installing $1"
-        "$python" -m pip install --quiet --disable-pip-version-check -r "$here/$1"
-    fi
-}
+# Installs what a requirements file names; nothing happens when all of it is there.
+require() { "$python" -m pip install --quiet --disable-pip-version-check -r "$here/$1"; }
 
 case $command in
     demo)
@@ -61,9 +45,18 @@ case $command in
         cd "$here"
         exec "$python" reproduce.py demo "$@" ;;
     test)
-        require requirements-dev.txt
+        if [ "${1:-}" = --oldest ]; then
+            shift
+            python=$here/.venv-oldest/bin/python
+            [ -x "$python" ] || "${PYTHON:-python3.10}" -m venv "$here/.venv-oldest"
+            cat "$here"/requirements*.txt | sed '/^-r/d; s/>=/==/' >"$here/.venv-oldest/exact.txt"
+            require .venv-oldest/exact.txt
+        else
+            require requirements-dev.txt
+        fi
         cd "$here"
-        exec "$python" -m pytest "$@" ;;
+        # A thread for each of the processes: more would wait for each other.
+        OMP_NUM_THREADS=1 exec "$python" -m pytest -n auto --dist loadfile "$@" ;;
     *)
         script=$here/${command%.py}.py
         if [ ! -f "$script" ]; then echo "error: no script $command here" >&2; usage >&2; exit 2; fi

@@ -54,4 +54,4 @@ def test_commands_parse(command):
 
 
 def test_there_are_commands():
-    assert len(commands()) == 9
+    assert len(commands()) == 7
