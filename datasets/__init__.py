@@ -11,14 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from datasets import cifar, image_folder, synthetic, tiny_imagenet
-from datasets.images import (
-    SPLITS,
-    ImageSet,
-    check_split,
-    every_other_class,
-    fingerprint,
-    spaced,
-)
+from datasets.images import SPLITS, ImageSet, check_split, every_other_class, fingerprint, spaced
 from utils.errors import InputError, suggest
 
 MAX_SIDE = 4096  # a slip of the keyboard would ask for terabytes

@@ -13,6 +13,7 @@ import hashlib
 import os
 import warnings
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,26 +38,36 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 _PIECE = 256
 
 
+@contextlib.contextmanager
+def reading(place: object) -> Iterator[None]:
+    """Raise an InputError, `place` can't be read, where the system refuses something."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or place
+        raise InputError(f"cannot read {where}: {error.strerror or error}") from error
+
+
 def list_images(folder: Path) -> list[str]:
     """Names of all image files under `folder`, at any depth: relative to it, "/" between, sorted.
 
     Files with other suffixes, and files and folders whose name starts with a dot, are passed over.
-    Raises InputError when the folder can't be read.
+    Raises InputError when the folder can't be read or holds no images.
     """
 
     def refuse(error: OSError) -> None:
         raise error
 
     found = []
-    try:
+    with reading(folder):
         for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
             folders[:] = [name for name in folders if not name.startswith(".")]
             prefix = "".join(f"{part}/" for part in Path(place).relative_to(folder).parts)
             for name in names:
                 if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
                     found.append(prefix + name)
-    except OSError as error:
-        raise _cannot_read(error.filename or folder, error) from error
+    if not found:
+        raise InputError(f"{folder} holds no images")
     return sorted(found)
 
 
@@ -80,13 +91,8 @@ def read_image(path: str | os.PathLike, image_size: int | None = None) -> Image.
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise InputError(
-                    f"{path}: {image.width}×{image.height} pixels, "
-                    f"more than the limit of {MAX_PIXELS:,}"
-                )
+                raise ValueError(f"{image.width}×{image.height} pixels, more than {MAX_PIXELS:,}")
             rgb = image.convert("RGB")
-    except InputError:
-        raise
     # Decoders meet damaged files with anything from OSError to struct.error and IndexError.
     except Exception as error:
         empty = os.path.exists(path) and not os.path.getsize(path)
@@ -101,21 +107,20 @@ def read_images(
     rows: torch.Tensor,
     image_size: int | None,
     title: str,
-    root: Path | None = None,
+    cached: bool = False,
 ) -> torch.Tensor:
     """Pixels of the files `names` in `folder` at `rows` (int64), uint8 (len(rows), 3, side, side).
 
-    All files are decoded on the first call and come from the cache of `root` afterwards; with
-    root None only those at `rows` are decoded, and nothing is cached. `title` names the part
-    in the progress bar and the file. image_size None: the images' own size, which must be square
-    and the same for all.
+    cached: all files are decoded on the first call and come from the cache beside `folder`
+    afterwards; else only those at `rows` are decoded. `title` names the part in the progress bar
+    and the file. image_size None: the images' own size, which must be square and the same for all.
     Raises InputError for a file that can't be decoded and for sizes that differ.
     """
-    if root is None:
+    if not cached:
         wanted = [names[row] for row in rows.tolist()]
         return torch.from_numpy(_decode(folder, wanted, image_size, title))
-    key = _key(folder, names, image_size)
-    places = [place / f"{title}-{image_size or 'own'}-{key}.npy" for place in _places(root)]
+    stem, key = f"{title}-{image_size or 'own'}", _key(folder, names, image_size)
+    places = [place / f"{stem}-{key}.npy" for place in _places(folder.parent)]
     for path in places:
         pixels = _from_cache(path, len(names), rows)
         if pixels is not None:
@@ -127,7 +132,7 @@ def read_images(
         except InputError as error:  # a full disk, or a folder that can't be written
             failure = error
             continue
-        for old in path.parent.glob(f"{title}-{image_size or 'own'}-*.npy"):
+        for old in path.parent.glob(f"{stem}-*.npy"):
             if old != path:
                 with contextlib.suppress(OSError):
                     old.unlink()
@@ -137,21 +142,15 @@ def read_images(
     return torch.from_numpy(whole[rows.numpy()])
 
 
-def _cannot_read(place: object, error: OSError) -> InputError:
-    return InputError(f"cannot read {place}: {error.strerror or error}")
-
-
-def _own_side(path: Path) -> int:
-    """Side of an image, which the others must share."""
-    width, height = read_image(path).size
-    if width != height:
-        raise InputError(f"{path} is {width}×{height}, not square: give --image_size")
-    return width
-
-
 def _decode(folder: Path, names: list[str], image_size: int | None, title: str) -> np.ndarray:
     """Pixels of all files `names` in `folder`, uint8 (n, 3, side, side)."""
-    side = image_size or (_own_side(folder / names[0]) if names else 1)
+    side = image_size
+    if side is None:  # the first one's, which the others must share
+        side, height = read_image(folder / names[0]).size
+        if side != height:
+            raise InputError(
+                f"{folder / names[0]} is {side}×{height}, not square: give --image_size"
+            )
     pixels = np.empty((len(names), 3, side, side), np.uint8)
 
     def decode(start: int) -> int:
@@ -177,13 +176,11 @@ def _decode(folder: Path, names: list[str], image_size: int | None, title: str) 
 
 def _key(folder: Path, names: list[str], image_size: int | None) -> str:
     digest = hashlib.sha256(f"{FORMAT} {image_size} {folder.name}\n".encode())
-    for name in names:
-        try:
+    with reading(folder):
+        for name in names:
             stat = os.stat(f"{folder}/{name}")
-        except OSError as error:
-            raise _cannot_read(folder / name, error) from error
-        line = f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
-        digest.update(line.encode("utf-8", "surrogateescape"))
+            line = f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:24]
 
 

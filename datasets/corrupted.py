@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from datasets.cache import list_images, read_images
 from datasets.corruptions import SEVERITIES, check, corrupt, corrupt_chunks
@@ -62,14 +63,13 @@ def corrupted_set(clean: ImageSet, corruption: str, split: str, how: Copies) -> 
         if found is not None:
             return found
     draws = draws_of(how.seed, corruption, how.severity, split)
-    images = clean.images.to(how.device)
-    images = corrupt(images, corruption, how.severity, draws, how.frost_dir)
+    images = corrupt(clean.images.to(how.device), corruption, how.severity, draws, how.frost_dir)
     return replace(clean, images=images.cpu(), source=f"generated, seed {how.seed}")
 
 
 def generate_chunks(
     clean: ImageSet, corruption: str, split: str, how: Copies
-) -> Iterator[tuple[slice, torch.Tensor]]:
+) -> Iterator[tuple[slice, Tensor]]:
     """What `corrupted_set` generates, in order, by chunks: (rows, uint8 images on the device)."""
     draws = draws_of(how.seed, corruption, how.severity, split)
     return corrupt_chunks(clean.images, corruption, how.severity, draws, how.frost_dir, how.device)
@@ -96,7 +96,7 @@ def mixed_training_set(
     generator = torch.Generator().manual_seed(stable_seed("partition", seed))
     order = torch.randperm(len(clean), generator=generator)
     images, labels, sources = torch.empty_like(clean.images), clean.labels.clone(), []
-    for k, corruption in enumerate(corruptions):
+    for k, corruption in enumerate(corruptions[: len(clean)]):  # of more, some get no image
         chosen = order[k :: len(corruptions)].sort().values
         part = corrupted_set(clean.subset(chosen), corruption, split, how)
         images[chosen] = part.images
@@ -146,7 +146,7 @@ def load_published(
 
 def _find(
     clean: ImageSet, root: Path, corruption: str, severity: int, split: str
-) -> tuple[torch.Tensor, torch.Tensor, Path] | None:
+) -> tuple[Tensor, Tensor, Path] | None:
     """Pixels and labels of the copy of `clean`, and the file or folder they are from."""
     for base in (root, *(root / name for name in _PUBLISHED_NAMES)):
         for part in ("", "test") if split == "test" else ("train",):
@@ -179,9 +179,7 @@ def _check_recorded(base: Path, place: Path, severity: int) -> None:
         raise InputError(f"{place} holds severity {made}, --severity is {severity}")
 
 
-def _from_array(
-    clean: ImageSet, place: Path, severity: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _from_array(clean: ImageSet, place: Path, severity: int | None) -> tuple[Tensor, Tensor]:
     """The rows of `clean` in NAME.npy; severity None: the file holds one severity only."""
     count = clean.total * (1 if severity is None else SEVERITIES)
     side = clean.images.shape[-1]
@@ -200,11 +198,9 @@ def _from_array(
     return torch.from_numpy(pixels), torch.from_numpy(labels[rows].astype(np.int64))
 
 
-def _from_folders(clean: ImageSet, place: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def _from_folders(clean: ImageSet, place: Path) -> tuple[Tensor, Tensor]:
     """The images of `clean` under NAME/SEVERITY/CLASS/, by name, else by their place in order."""
     listed = list_images(place)
-    if not listed:
-        raise InputError(f"{place} holds no images")
     listed = [listed[i] for i in published_order(listed)]
     labels = labels_of(place, listed, clean.classes)
     # Formats may differ (JPEG copies of PNG images), so names are compared without suffix.

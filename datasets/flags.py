@@ -75,8 +75,7 @@ FLAGS = {
 def load_images(args: argparse.Namespace, root: str | None, split: str) -> ImageSet:
     """The clean split "train", "val" or "test" at `root`, as the flags in `args` say."""
     limit = args.train_images if split == "train" else args.test_images
-    name = datasets.base_name(args.dataset)
-    return datasets.load(name, root, split, args.image_size, args.classes, limit)
+    return datasets.load(args.dataset, root, split, args.image_size, args.classes, limit)
 
 
 def frost_note(corruptions: Iterable[str], frost_dir: str | None) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from datasets.cache import list_images, read_images
+from datasets.cache import list_images, read_images, reading
 from datasets.images import ImageSet, split_rows
 from utils.errors import InputError, suggest
 
@@ -26,14 +26,13 @@ VAL_SHARE = 0.1
 class Part:
     """One part of a set kept as image files: "train" (validation included) or "test".
 
-    root       where the cache of the set lies
-    names      files in `folder`, in order of the rows
+    folder     its images; the cache of the set lies beside it
+    names      files there, in order of the rows
     files      "<class>/<file>" of each
     labels     int64 (N,), indices into `classes`
     val_rows   int64, the rows of validation in train
     """
 
-    root: Path
     folder: Path
     names: list[str]
     files: list[str]
@@ -52,16 +51,10 @@ class Part:
         if not len(rows):
             raise InputError(f"{self.folder} has too few images to make a {split} split")
         title = "test" if split == "test" else "train"
-        return ImageSet(
-            images=read_images(self.folder, self.names, rows, image_size, title, self.root),
-            labels=self.labels[rows],
-            classes=self.classes,
-            name=name,
-            rows=rows,
-            total=len(self.names),
-            files=[self.files[row] for row in rows.tolist()],
-            source=str(self.folder),
-        )
+        images = read_images(self.folder, self.names, rows, image_size, title, cached=True)
+        labels, files = self.labels[rows], [self.files[row] for row in rows.tolist()]
+        place = str(self.folder)
+        return ImageSet(images, labels, self.classes, name, rows, len(self.names), files, place)
 
 
 def part(root: Path, split: str) -> Part:
@@ -80,22 +73,18 @@ def part(root: Path, split: str) -> Part:
         empty = sorted(set(range(len(classes))) - set(labels.tolist()))
         if empty:
             raise InputError(f"{train / classes[empty[0]]} holds no images")
-        return Part(root, train, names, names, labels, classes, validation_rows(names))
-    for folder in (root / "test", root / "val"):
-        if folder.is_dir():
-            names = list_images(folder)
-            if not names:
-                raise InputError(f"{folder} holds no <class>/ folders of images")
-            return Part(root, folder, names, names, labels_of(folder, names, classes), classes)
-    raise InputError(f"--data {root}: no test/<class>/ (or val/<class>/) folders of images there")
+        return Part(train, names, names, labels, classes, validation_rows(names))
+    folder = root / ("test" if (root / "test").is_dir() else "val")
+    if not folder.is_dir():
+        raise InputError(f"--data {root}: no test/<class>/ (or val/<class>/) folders there")
+    names = list_images(folder)
+    return Part(folder, names, names, labels_of(folder, names, classes), classes)
 
 
 def class_folders(folder: Path) -> list[str]:
     """Sorted names of the folders in `folder`, which are the classes."""
-    try:
+    with reading(folder):
         names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
-    except OSError as error:
-        raise InputError(f"cannot read {folder}: {error.strerror or error}") from error
     if not names:
         raise InputError(f"{folder} holds no <class>/ folders of images")
     return names

@@ -44,16 +44,11 @@ class ImageSet:
     class_parity: str | None = None
 
     def __post_init__(self) -> None:
-        count, shape = len(self.images), tuple(self.images.shape)
-        if self.images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
-            raise InputError(
-                f"{self.name}: images must be uint8 (N, 3, H, W), got {self.images.dtype} {shape}"
-            )
-        if self.labels.dtype != torch.int64 or self.labels.shape != (count,):
-            raise InputError(
-                f"{self.name}: labels must be int64 ({count},), "
-                f"got {self.labels.dtype} {tuple(self.labels.shape)}"
-            )
+        check_images(self.images)
+        count, labels = len(self.images), self.labels
+        if labels.dtype != torch.int64 or labels.shape != (count,):
+            got = f"{labels.dtype} {tuple(labels.shape)}"
+            raise InputError(f"{self.name}: labels must be int64 ({count},), not {got}")
         if self.rows is None:
             self.rows = torch.arange(count)
         if self.total is None:
@@ -107,6 +102,13 @@ def split_rows(total: int, val_rows: torch.Tensor, split: str) -> torch.Tensor:
     is_val = torch.zeros(total, dtype=torch.bool)
     is_val[val_rows] = True
     return torch.nonzero(is_val if split == "val" else ~is_val).flatten()
+
+
+def check_images(images: torch.Tensor) -> None:
+    """Raise InputError unless `images` are uint8 (N, 3, H, W)."""
+    shape = tuple(images.shape)
+    if images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
+        raise InputError(f"images must be uint8 (N, 3, H, W), not {images.dtype} {shape}")
 
 
 def check_split(split: str, known: Sequence[str] = SPLITS) -> None:

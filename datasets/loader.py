@@ -2,19 +2,21 @@
 
 Shuffling and augmentation are batched tensor functions there; nothing waits for the host.
 Each augmentation is split into drawing its parameters, once per epoch, and applying them.
-A set too large for the device stays in host memory, from where batches are copied over as needed.
+A set too large for the device stays in host memory, and what comes next is copied over meanwhile.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import InitVar, dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datasets.corruptions.filters import pick
 from datasets.images import ImageSet, stable_seed
 from utils import distributed
 from utils.errors import InputError
@@ -55,24 +57,26 @@ def flip(images: Tensor, flipped: Tensor) -> Tensor:
     return both.index_select(0, first + flipped)
 
 
-def rotate(images: Tensor, angles: Tensor) -> Tensor:
+def rotate(images: Tensor, angles: Tensor, flipped: Tensor | None = None) -> Tensor:
     """Turn each image counter-clockwise by its angle (degrees) about its centre.
 
     Nearest pixel, zero outside, size kept: torchvision.transforms.functional.rotate for a batch.
+    Those `flipped` (bool) are mirrored left to right afterwards, which costs nothing here.
     """
-    count, channels, height, width = images.shape
+    height, width = images.shape[-2:]
     turn = torch.deg2rad(angles.float())[:, None, None]
     cos, sin = turn.cos(), turn.sin()
     y = torch.arange(height, device=images.device)[:, None] - (height - 1) / 2
     x = torch.arange(width, device=images.device) - (width - 1) / 2
+    if flipped is not None:
+        x = torch.where(flipped[:, None, None], -x, x)
     # The source of each output pixel, y down, in an image with a border of one zero pixel, to which
     # everything outside is clamped.
     source_x = (cos * x + ((width + 1) / 2 - sin * y)).round_().clamp_(0, width + 1)
     source_y = (sin * x + ((height + 1) / 2 + cos * y)).round_().clamp_(0, height + 1)
-    index = source_y.mul_(width + 2).add_(source_x).long().flatten(1)[:, None]
+    index = source_y.mul_(width + 2).add_(source_x).to(torch.int32).flatten(1)[:, None]
     bordered = F.pad(images, (1, 1, 1, 1)).flatten(2)
-    turned = bordered.gather(2, index.expand(-1, channels, -1))
-    return turned.view(count, channels, height, width)
+    return pick(bordered, index.expand(-1, images.shape[1], -1)).view(images.shape)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -86,6 +90,12 @@ def fits(images: Tensor, device: torch.device) -> bool:
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return images.nbytes <= _SHARE_FOR_IMAGES * free
+
+
+@functools.lru_cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream on which all loaders copy images to a GPU; None for a CPU."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 @dataclass(eq=False, repr=False)
@@ -141,7 +151,7 @@ class BatchLoader:
         """Where the images lie, in words."""
         size = f"{self.images.nbytes / 1e6:,.0f} MB"
         if not self.resident:
-            return f"{size} in host memory, copied to the device batch by batch"
+            return f"{size} in host memory, copied to the device ahead of their batches"
         return f"{size} " + ("in memory" if self.device.type == "cpu" else "on the device")
 
     def __len__(self) -> int:
@@ -168,23 +178,21 @@ class BatchLoader:
         if self.resample is not None:
             self.images = self.resample(self.epoch).to(self.images.device)
         self.epoch += 1
-        return self._batches(generator)
-
-    def _batches(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         count = min(len(self.images), len(self) * self.batch_size)
         order = torch.arange(count, device=self.device)
         if self.shuffle:
-            order = torch.randperm(len(self.images), device=self.device, generator=generator)
+            order = torch.randperm(len(self.images), device=self.device, generator=generator)[
+                :count
+            ]
         draws = self._draw(count, generator)
         if self.ranks > 1:
             part = self._part(count)
             order, draws = order[part], [draw[part] for draw in draws]
             count = len(part)
-        host_order = order if self.resident else order.cpu()
         size, together = self.batch_size // self.ranks, self._together()
-        for start in range(0, count, together):
-            chosen = slice(start, min(start + together, count))
-            images = self._fetch(host_order[chosen])
+        chunks = [slice(start, start + together) for start in range(0, count, together)]
+        places = order.to(self.images.device)
+        for chosen, images in zip(chunks, self._fetch(places[c] for c in chunks), strict=True):
             images = self._apply(images, [draw[chosen] for draw in draws])
             labels = self.labels[order[chosen]]
             for batch, its_labels in zip(images.split(size), labels.split(size), strict=True):
@@ -201,17 +209,35 @@ class BatchLoader:
         last = places[full:].tensor_split(self.ranks)[self.rank]
         return torch.cat([batches[:, self.rank].flatten(), last])
 
-    def _fetch(self, rows: Tensor) -> Tensor:
-        """The images at `rows`, int64 where the images lie, on the device.
+    def _fetch(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The images at each chunk of rows (int64, where the images lie), on the device.
 
-        From pinned memory they are copied while the device is still busy with earlier batches.
+        From host memory a chunk ahead: while one is in use, the next is gathered into pinned memory
+        and copied to a GPU on a stream of its own.
         """
-        if self.resident or self.device.type == "cpu":
-            return self.images.index_select(0, rows)
-        shape = (len(rows), *self.images.shape[1:])
-        pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        torch.index_select(self.images, 0, rows, out=pinned)
-        return pinned.to(self.device, non_blocking=True)
+        if self.resident:
+            yield from (self.images.index_select(0, rows) for rows in chunks)
+            return
+        stream = _copy_stream(self.device)
+
+        def send(rows: Tensor) -> Tensor:
+            shape = (len(rows), *self.images.shape[1:])
+            buffer = torch.empty(shape, dtype=torch.uint8, pin_memory=stream is not None)
+            torch.index_select(self.images, 0, rows, out=buffer)
+            with torch.cuda.stream(stream):  # without a GPU it is None, and this does nothing
+                # PyTorch reuses the pinned memory when the copy is done, not before.
+                return buffer.to(self.device, non_blocking=True)
+
+        sent = map(send, chunks)
+        ahead = next(sent, None)
+        while ahead is not None:
+            images = ahead
+            if stream is not None:
+                user = torch.cuda.current_stream(self.device)
+                user.wait_stream(stream)
+                images.record_stream(user)  # its memory is that stream's until the user is done
+            ahead = next(sent, None)
+            yield images
 
     def _together(self) -> int:
         """Images augmented at once: on a CPU one batch, which stays in the caches."""
@@ -234,7 +260,7 @@ class BatchLoader:
             return flip(crop(images, dy, dx, self._padding()), flips)
         if self.augment == "rotate_flip":
             angles, flips = draws
-            return flip(rotate(images, angles), flips)
+            return rotate(images, angles, flips)
         return images
 
     def _padding(self) -> int:

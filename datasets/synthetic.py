@@ -13,7 +13,6 @@ The split `pretrain` plays ImageNet's part: 20 other classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -115,17 +114,16 @@ def load(split: str = "train", image_size: int | None = None) -> ImageSet:
 
 
 def _draw_block(
-    stream: str, block: int, side: int, classes: Mapping[str, tuple[str, str]]
+    stream: str, block: int, side: int, classes: dict[str, tuple[str, str]]
 ) -> tuple[Tensor, Tensor]:
     """Images uint8 (BLOCK, 3, side, side) and labels int64 (BLOCK,) of one block of a stream."""
     seed = np.random.SeedSequence([SEED, list(SIZES).index(stream), block])
     generator = torch.Generator().manual_seed(int(seed.generate_state(1)[0]))
     labels = torch.rand(BLOCK // len(classes), len(classes), generator=generator)
     labels = labels.argsort(1).flatten()
-    lobes, depth, sharp, hole, long = _columns([OUTLINES[o] for o, _ in classes.values()], labels)
-    along, across, radial, spokes, wobble = _columns(
-        [TEXTURES[t] for _, t in classes.values()], labels
-    )
+    rows = torch.tensor([(*OUTLINES[o], *TEXTURES[t]) for o, t in classes.values()])
+    columns = rows[labels].T[:, :, None, None]  # each as (BLOCK, 1, 1)
+    lobes, depth, sharp, hole, long, along, across, radial, spokes, wobble = columns
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         draw = torch.rand(BLOCK, *(shape or (1, 1)), generator=generator)
@@ -173,11 +171,6 @@ def _draw_block(
     image = image * (1 + ramp).unsqueeze(1)
     image = image + 0.005 * torch.randn(image.shape, generator=generator)  # the camera's
     return (image.clamp(0, 1) * 255).round().to(torch.uint8), labels
-
-
-def _columns(rows: list[tuple[float, ...]], labels: Tensor) -> tuple[Tensor, ...]:
-    """Each column of a table of classes as (n, 1, 1), the entry of every image's class."""
-    return tuple(torch.tensor(rows, dtype=torch.float32)[labels].T[:, :, None, None])
 
 
 def _power_law_fields(generator: torch.Generator, slope: Tensor, side: int) -> Tensor:

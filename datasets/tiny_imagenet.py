@@ -25,28 +25,23 @@ def part(root: Path, split: str) -> Part:
     root: the unzipped folder, or the one that holds tiny-imagenet-200.
     Raises InputError for missing folders and annotations that don't fit.
     """
-    bases = (root, root / "tiny-imagenet-200")
-    base = next((base for base in bases if (base / "train").is_dir()), None)
-    if base is None:
+    base = root if (root / "train").is_dir() else root / "tiny-imagenet-200"
+    if not (base / "train").is_dir():
         raise InputError(
-            f"--data {root}: no Tiny-ImageNet there (looked for train/<wnid>/ in it and in "
-            f"{bases[1]})"
+            f"--data {root}: no Tiny-ImageNet there (no train/ in it or in {base.name}/)"
         )
     classes = class_folders(base / "train")
     folder = base / ("val" if split == "test" else "train")
     if not folder.is_dir():
         raise InputError(f"--data: {base} has no val/ folder, which is the test set")
-    names = list_images(folder)
-    if not names:
-        raise InputError(f"{folder} holds no images")
-    named = names
+    names = named = list_images(folder)
     if split == "test" and any(name.startswith("images/") for name in names):
         named = _annotated(folder, names, classes)
     order = published_order(named)
     files = [short_name(named[i]) for i in order]
     labels = labels_of(folder, files, classes)
     rows = None if split == "test" else validation_rows(labels)
-    return Part(base, folder, [names[i] for i in order], files, labels, classes, rows)
+    return Part(folder, [names[i] for i in order], files, labels, classes, rows)
 
 
 def published_order(names: list[str]) -> list[int]:

@@ -79,6 +79,9 @@ def test_pretrained_linear_head_of_the_same_size_is_taken(vgg):
     assert model.normalize.mean.tolist() == [0, 0, 0]  # the data set's, not the file's
 
 
+BIAS = "features.0.bias"
+
+
 @pytest.mark.parametrize(
     ("change", "options", "said"),
     [
@@ -87,38 +90,26 @@ def test_pretrained_linear_head_of_the_same_size_is_taken(vgg):
         ({"features.3.bias": None, "x": torch.zeros(1)}, {}, r"missing feat.*; unexpected x$"),
         ({}, {"classes": 100}, "another data set"),
         ({}, {"arch": "resnet18"}, r"does not hold a resnet18: missing .* and \d+ more"),
-        ({"features.0.bias": torch.zeros(3)}, {}, r"features\.0\.bias is \(3,\), vgg11 .*\(64,\)"),
-        ({"features.0.bias": torch.full((64,), torch.nan)}, {}, r"NaN or Inf in features\.0\.bias"),
+        ({BIAS: torch.zeros(3)}, {}, r"features\.0\.bias is \(3,\), vgg11 .*\(64,\)"),
+        ({BIAS: torch.full((64,), torch.nan)}, {}, r"NaN or Inf in features\.0\.bias"),
         ({7: torch.zeros(1)}, {}, "unexpected 7"),
     ],
 )
 def test_mismatches_are_named(vgg, tmp_path, change, options, said):
+    path = tmp_path / "m.pth"
     state = {**vgg.state_dict(), **change}
-    torch.save({k: v for k, v in state.items() if v is not None}, tmp_path / "m.pth")
+    torch.save({k: v for k, v in state.items() if v is not None}, path)
     with pytest.raises(InputError, match=rf"m\.pth.*{said}"):
-        load_back(tmp_path / "m.pth", **options)
-
-
-def test_pretrained_weights_of_another_kind_are_refused(vgg):
-    state = dict(vgg.state_dict())
-    model = build_model("vgg11", 10)
-    for wrong, said in (
-        ({**state, "x": torch.zeros(1)}, "unexpected x"),
-        ({**state, "features.0.bias": torch.zeros(3)}, r"features\.0\.bias is \(3,\)"),
-        ({k: v for k, v in state.items() if k != "features.0.bias"}, r"missing features\.0\.bias"),
-    ):
-        with pytest.raises(InputError, match=said):
-            ckpt.load_pretrained(model, "vgg11", wrong, "x")
+        load_back(path, **options)
+    if not options:  # and as pretrained weights
+        with pytest.raises(InputError, match=rf"m\.pth.*{said}"):
+            ckpt.load_pretrained(build_model("vgg11", 5), "vgg11", ckpt.read_state_dict(path), path)
 
 
 def test_unreadable_files_are_refused(tmp_path):
     path = tmp_path / "m.pth"
-    for content in (b"", b"not a checkpoint", b"PK\x03\x04 broken"):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match=r"m\.pth"):
-            ckpt.read(path)
-    with pytest.raises(InputError, match="no such"):
-        ckpt.read(tmp_path / "absent.pth")
+    with pytest.raises(InputError, match=r"m\.pth: no such"):
+        ckpt.read(path)
     with pytest.raises(InputError, match="folder"):
         ckpt.read(tmp_path)
     for content, said in (

@@ -34,18 +34,21 @@ def write_often(path, letter, times):
         write_text(path, letter * 50_000)
 
 
+def pause(go_on):
+    Path(f"{go_on}.started").touch()
+    until(Path(go_on).exists)
+
+
 def write_slowly(path, go_on):
     with replacing(path) as temporary:
         temporary.write_text("half")
-        Path(f"{go_on}.started").touch()
-        until(Path(go_on).exists)
+        pause(go_on)
         temporary.write_text("slow")
 
 
 def hold_until(path, go_on):
     with hold(path):
-        Path(f"{go_on}.started").touch()
-        until(Path(go_on).exists)
+        pause(go_on)
 
 
 @pytest.fixture(scope="module")

@@ -210,7 +210,20 @@ def test_host_memory_gives_the_same_batches(augment, shuffle, ranks, monkeypatch
         resident, host = (list(place) for place in places)
         for (images, labels), (same_images, same_labels) in zip(resident, host, strict=True):
             assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
-    assert "host memory" in places[1].residence and "host memory" not in places[0].residence
+    assert "host memory, copied to the device ahead of their batches" in places[1].residence
+    assert "host memory" not in places[0].residence
+
+
+def test_host_memory_is_read_a_chunk_ahead(monkeypatch):
+    gathered, select = [], torch.index_select
+
+    def spy(images, dim, rows, out):
+        gathered.append(rows)
+        return select(images, dim, rows, out=out)
+
+    monkeypatch.setattr(torch, "index_select", spy)
+    batches = BatchLoader(make_set(24), 8, resident=False)
+    assert [len(gathered) for _ in batches] == [2, 3, 3]
 
 
 def test_where_a_set_lies_depends_on_the_free_memory(monkeypatch):

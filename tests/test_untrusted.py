@@ -49,29 +49,21 @@ def torch_file(marker):
     return {"state_dict": {"a": torch.zeros(1)}, "epoch": Payload(marker)}
 
 
-def as_archive(path, marker):
-    torch.save(torch_file(marker), path)
+def signature(marker):
+    form = {"format": signature_file.FORMAT, "version": signature_file.VERSION}
+    return {**form, "meta": Payload(marker)}
 
 
-def as_legacy(path, marker):
-    torch.save(torch_file(marker), path, _use_new_zipfile_serialization=False)
-
-
-def as_pickle(path, marker):
-    path.write_bytes(pickle.dumps(torch_file(marker)))
-
-
-def as_signature(path, marker):
-    document = {"format": signature_file.FORMAT, "version": signature_file.VERSION}
-    torch.save({**document, "meta": Payload(marker)}, path)
-
-
-def as_script(path, marker):
-    """TorchScript, which would run its methods."""
-    torch.jit.save(torch.jit.script(torch.nn.ReLU()), path)
-
-
-FORMS = (as_archive, as_legacy, as_pickle, as_signature, as_script)
+FORMS = {
+    "archive": lambda path, marker: torch.save(torch_file(marker), path),
+    "legacy": lambda path, marker: torch.save(
+        torch_file(marker), path, _use_new_zipfile_serialization=False
+    ),
+    "pickle": lambda path, marker: path.write_bytes(pickle.dumps(torch_file(marker))),
+    "signature": lambda path, marker: torch.save(signature(marker), path),
+    # TorchScript, which would run its methods
+    "script": lambda path, _: torch.jit.save(torch.jit.script(torch.nn.ReLU()), path),
+}
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +138,7 @@ DOORS = (
 @pytest.mark.parametrize("form", FORMS)
 def test_no_code_in_a_torch_file_runs(door, form, data, weights, tmp_path, capsys):
     marker, path = tmp_path / "ran", tmp_path / "hostile"
-    form(path, marker)
+    FORMS[form](path, marker)
     main, argv, place = at(door, path, weights, tmp_path)
     line = refused(main, (*argv, "--data", data), capsys)
     assert str(place) in line and not marker.exists()
@@ -154,7 +146,7 @@ def test_no_code_in_a_torch_file_runs(door, form, data, weights, tmp_path, capsy
 
 def test_show_runs_no_code(tmp_path, capsys, monkeypatch):
     marker, path = tmp_path / "ran", tmp_path / "hostile.rws"
-    as_signature(path, marker)
+    FORMS["signature"](path, marker)
     monkeypatch.setattr(sys, "argv", ["signature_file", "show", str(path)])
     assert str(path) in refused(lambda _: signature_file.main(), (), capsys)
     assert not marker.exists()
@@ -179,12 +171,10 @@ def test_packed_damaged_and_odd_archives_are_refused(tmp_path):
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"m\.pth: damaged.*checksum"):
         ckpt.read(path)
-    torch.save({"a": torch.zeros(1).expand(1 << 40)}, path)
-    with pytest.raises(InputError, match="a is no plain tensor"):
-        ckpt.read_state_dict(path)
-    torch.save({"a": torch.zeros(4, 4).to_sparse()}, path)
-    with pytest.raises(InputError, match="a is no plain tensor"):
-        ckpt.read_state_dict(path)
+    for odd in (torch.zeros(1).expand(1 << 40), torch.zeros(4, 4).to_sparse()):
+        torch.save({"a": odd}, path)
+        with pytest.raises(InputError, match=r"m\.pth: a is no plain tensor"):
+            ckpt.read_state_dict(path)
 
 
 # ---- arrays ---------------------------------------------------------------------------------

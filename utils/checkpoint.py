@@ -54,11 +54,10 @@ def read(path: str | os.PathLike, what: str = "checkpoint") -> dict:
     except Exception as error:  # torch and zipfile raise many types for damaged or refused files
         told = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
         reason = next(iter(told.strip().splitlines()), type(error).__name__)[:120]
+        wrong = f"damaged, or not a {what} file"
         if told.startswith("Unsupported"):
-            raise InputError(
-                f"{path}: holds more than weights and was not opened ({reason.partition('. ')[0]})"
-            ) from error
-        raise InputError(f"{path}: damaged, or not a {what} file ({reason})") from error
+            wrong, reason = "holds more than weights and was not opened", reason.partition(". ")[0]
+        raise InputError(f"{path}: {wrong} ({reason})") from error
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: a {what} holds a dict, this is a {type(content).__name__}")
     return dict(content)
@@ -121,9 +120,9 @@ def backbone_hash(state: Mapping[str, Tensor]) -> str:
 
     The same for every file format and precision of storage that gives the same float32 values.
     """
-    apart = ("normalize.", "fc.", "classifier.")
-    kept = [key for key in state if not (key.startswith(apart) or _counts(key))]
-    return tensors_hash({key: state[key].float() for key in kept})
+    heads = ("fc.", "classifier.")
+    kept = {k: v.float() for k, v in state.items() if not (k.startswith(heads) or _is_optional(k))}
+    return tensors_hash(kept)
 
 
 def load_model_weights(
@@ -136,9 +135,9 @@ def load_model_weights(
     differs (a head of another data set among them).
     """
     own = model.state_dict()
-    state = {**{k: v for k, v in own.items() if k.startswith("normalize.") or _counts(k)}, **state}
+    state = {k: v for k, v in own.items() if _is_optional(k)} | dict(state)
     wrong = {"missing": own.keys() - state.keys(), "unexpected": state.keys() - own.keys()}
-    told = [f"{what} {_first_of(keys)}" for what, keys in wrong.items() if keys]
+    told = [f"{what} {_some_of(keys)}" for what, keys in wrong.items() if keys]
     if told:
         raise InputError(f"{path} does not hold a {arch}: {'; '.join(told)}")
     for key, tensor in own.items():
@@ -152,7 +151,7 @@ def load_model_weights(
     model.load_state_dict(state)
 
 
-def _first_of(keys: Collection[str]) -> str:
+def _some_of(keys: Collection[str]) -> str:
     more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
     return ", ".join(sorted(keys)[:6]) + more
 
@@ -178,15 +177,14 @@ def load_pretrained(
         classes = len(own[f"{head_prefix(arch)}bias"])
         raise InputError(f"--keep_head: {path} holds no linear head of {classes} classes")
     taken = head if keep_head or (fits and arch.startswith("vgg")) else own
-    rest = {k: v for k, v in state.items() if k not in head}
-    rest = {k: v for k, v in rest.items() if not (k.startswith("normalize.") or _counts(k))}
-    load_model_weights(model, arch, {**rest, **taken}, path)
+    rest = {k: v for k, v in state.items() if k not in head and not _is_optional(k)}
+    load_model_weights(model, arch, rest | taken, path)
     return sorted(head) if taken is own else []
 
 
-def _counts(key: str) -> bool:
-    """Whether `key` counts the batches that a batch norm has seen; old files lack these."""
-    return key.endswith("num_batches_tracked")
+def _is_optional(key: str) -> bool:
+    """Whether files may lack `key`: normalization, and the counter of a batch norm."""
+    return key.startswith("normalize.") or key.endswith("num_batches_tracked")
 
 
 def pretrained_state_dict(source: str | os.PathLike, arch: str) -> dict[str, Tensor]:

@@ -95,7 +95,8 @@ def hold(path: str | os.PathLike, refusal: str | None = None) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):  # for people only; a full disk may refuse it
             file.truncate(0)
-            file.write(_own_name().encode())
+            command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])[:300]
+            file.write(f"process {os.getpid()} on {platform.node()} ({command})".encode())
         yield
     finally:
         with contextlib.suppress(OSError):  # Windows deletes no open file
@@ -153,11 +154,6 @@ def _is_at(file: io.FileIO, path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     return False
-
-
-def _own_name() -> str:
-    command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
-    return f"process {os.getpid()} on {platform.node()} ({command[:300]})"
 
 
 @contextlib.contextmanager

@@ -27,12 +27,10 @@ def read(path: Path) -> dict:
 
 
 def _is_entry(entry: object) -> bool:
-    if not isinstance(entry, dict) or entry.keys() != {"clean", "robust"}:
-        return False
-    clean, robust = entry["clean"], entry["robust"]
-    if not isinstance(clean, list) or not isinstance(robust, dict):
-        return False
-    return all(isinstance(accuracy, Real) for accuracy in (*clean, *robust.values()))
+    match entry:
+        case {"clean": list(clean), "robust": dict(robust)}:
+            return all(isinstance(accuracy, Real) for accuracy in (*clean, *robust.values()))
+    return False
 
 
 def update(path: Path, standard: dict, patched: dict) -> None:

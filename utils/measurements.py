@@ -23,10 +23,10 @@ class Measurements:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self.known = self._read() if path else {}
+        self.known = self._read()
 
     def _read(self) -> dict[str, float]:
-        if not self.path.exists():
+        if self.path is None or not self.path.exists():
             return {}
         try:
             known = json.loads(self.path.read_text(encoding="utf-8"))
@@ -40,9 +40,8 @@ class Measurements:
         """The accuracy under `key`, by `measure` where it is not known yet; kept at once."""
         if key not in self.known:
             self.known[key] = measure()
-            if self.path is None:
-                return self.known[key]
-            with hold(self.path.with_name(f".{self.path.name}.lock")):
-                self.known = self._read() | self.known  # another process may have added some
-                report.write_json(self.path, self.known)
+            if self.path is not None:
+                with hold(self.path.with_name(f".{self.path.name}.lock")):
+                    self.known = self._read() | self.known  # another process may have added some
+                    report.write_json(self.path, self.known)
         return self.known[key]

@@ -72,18 +72,16 @@ def encode(tensor: Tensor, levels: int, method: str, per_channel: bool = False) 
         method = "linear"  # one value: atanh(tanh x) and 2^log2 x would miss it by a rounding
     groups = tensor.shape[0] if per_channel and tensor.dim() > 1 and len(x) else 1
     x = x.reshape(groups, -1)
-    zeros = None
+    values, steps, zeros = x, levels, None
     if method == "tanh":
-        values, steps = torch.tanh(x), levels
+        values = torch.tanh(x)
     elif method == "log":
         values, steps = torch.log2(x.abs()), levels // 2
         if bool((x == 0).any()):
-            zeros = x == 0
+            zeros = (x == 0).flatten()
             # Zeros take no part in the range: the group's largest magnitude stands in for them.
             largest = values.amax(dim=1, keepdim=True).clamp_min(-200)  # all zero: any will do
-            values = torch.where(zeros, largest, values)
-    else:
-        values, steps = x, levels
+            values = torch.where(x == 0, largest, values)
     low, high = (values.min(1).values, values.max(1).values) if x.numel() else (x.new_zeros(1),) * 2
     low, high = low.float(), high.float()  # as they are stored
     span = (high.double() - low)[:, None]
@@ -91,15 +89,7 @@ def encode(tensor: Tensor, levels: int, method: str, per_channel: bool = False) 
     codes = torch.round(unit.clamp(0, 1) * (steps - 1)).to(torch.int32)
     if method == "log":
         codes = codes * 2 + (x < 0).to(torch.int32)
-    return Quantized(
-        codes=codes.flatten(),
-        low=low,
-        high=high,
-        shape=tensor.shape,
-        levels=levels,
-        method=method,
-        zeros=None if zeros is None else zeros.flatten(),
-    )
+    return Quantized(codes.flatten(), low, high, tensor.shape, levels, method, zeros)
 
 
 def decode(quantized: Quantized) -> Tensor:

@@ -31,15 +31,13 @@ def header(title: str, facts: Mapping[str, object]) -> None:
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table, aligned in plain text too; floats with one decimal, None as a dash."""
-    cells = [[_cell(value) for value in row] for row in rows]
-    widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
-
-    def line(values: Sequence[str]) -> str:
-        first, *rest = zip(values, widths, strict=True)
-        return "| " + " | ".join([first[0].ljust(first[1]), *(v.rjust(w) for v, w in rest)]) + " |"
-
-    rule = "| " + " | ".join(["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]) + " |"
-    return "\n".join([line(list(columns)), rule, *map(line, cells)])
+    lines = [list(columns), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
+    for line in lines:
+        first, *rest = zip(line, widths, strict=True)
+        line[:] = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cell(value: object) -> str:

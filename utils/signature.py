@@ -213,24 +213,22 @@ class RobustWeightSignature:
 
     def __add__(self, other: RobustWeightSignature | int) -> RobustWeightSignature:
         """RWS_a + RWS_b, for patching against both; a key that only one holds is taken as it is."""
-        if isinstance(other, int) and other == 0:  # the start value of sum()
+        if other == 0:  # the start value of sum()
             return self
         if self.arch != other.arch:
             raise InputError(f"a signature of {self.arch} can't be added to one of {other.arch}")
         tensors = dict(self.tensors)
         for key, tensor in other.tensors.items():
-            if key in tensors and tensors[key].shape != tensor.shape:
-                raise InputError(
-                    f"signatures of {self.name} and {other.name} differ in the shape of {key}: "
-                    f"{tuple(tensors[key].shape)} and {tuple(tensor.shape)}"
-                )
+            if tensors.get(key, tensor).shape != tensor.shape:
+                names = f"{self.name} and {other.name}"
+                raise InputError(f"signatures of {names} differ in the shape of {key}")
             tensors[key] = tensors[key] + tensor if key in tensors else tensor
-        method = self.method.unquantized()
+        keep_num = max(self.method.keep_num, other.method.keep_num)
         same = ("severity", "dataset", "pretrained", "standard")  # kept where both agree
         return replace(
             self,
             tensors=tensors,
-            method=replace(method, keep_num=max(method.keep_num, other.method.keep_num)),
+            method=replace(self.method.unquantized(), keep_num=keep_num),
             corruptions=(*self.corruptions, *other.corruptions),
             robust=(*self.robust, *other.robust),
             codes={},
@@ -238,10 +236,6 @@ class RobustWeightSignature:
         )
 
     __radd__ = __add__
-
-    def to(self, device: torch.device | str) -> RobustWeightSignature:
-        """The same signature with its tensors on `device`: patching there then copies nothing."""
-        return replace(self, tensors={k: t.to(device) for k, t in self.tensors.items()})
 
     # ---- storage -------------------------------------------------------------------------
 
@@ -278,13 +272,10 @@ class RobustWeightSignature:
 
 def _check_same_shapes(states: Mapping[str, StateDict], keys: Iterable[str]) -> None:
     for key in keys:
-        shapes = {}
         for role, state in states.items():
             if key not in state:
                 raise InputError(f"the {role} model has no {key}")
-            shapes[role] = tuple(state[key].shape)
-            if not torch.isfinite(state[key]).all():
-                raise InputError(f"the {role} model has NaN or Inf in {key}")
+        shapes = {role: tuple(state[key].shape) for role, state in states.items()}
         if len(set(shapes.values())) > 1:
             told = ", ".join(f"{role} {shape}" for role, shape in shapes.items())
             raise InputError(f"{key} differs in shape: {told}")
@@ -292,15 +283,7 @@ def _check_same_shapes(states: Mapping[str, StateDict], keys: Iterable[str]) -> 
 
 # ---- putting it on, taking it off ----------------------------------------------------------
 
-_PATCHES: weakref.WeakKeyDictionary[nn.Module, _Stack] = weakref.WeakKeyDictionary()
-
-
-@dataclass
-class _Stack:
-    """What is on one model: the original bits of every touched parameter, and the live patches."""
-
-    originals: dict[str, Tensor] = field(default_factory=dict)
-    patches: list[Patch] = field(default_factory=list)
+_PATCHES: weakref.WeakKeyDictionary[nn.Module, list[Patch]] = weakref.WeakKeyDictionary()
 
 
 class Patch:
@@ -313,42 +296,41 @@ class Patch:
 
     def __init__(self, model: nn.Module, signature: RobustWeightSignature, alpha: float) -> None:
         self._model = weakref.ref(model)  # _PATCHES would keep its own key alive otherwise
-        self._signature = signature
-        self._alpha = alpha
+        self._signature, self._alpha = signature, alpha
         self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        self._put_on(model)
+
+    @torch.no_grad()
+    def _put_on(self, model: nn.Module) -> None:
+        self._before = {}
+        for key, delta in self._signature.tensors.items():
+            θ = model.get_parameter(key)
+            self._before[key] = θ.detach().clone()
+            if self._alpha != 0:  # θ + 0 would still turn −0.0 into 0.0
+                θ.add_(delta.to(device=θ.device, dtype=θ.dtype), alpha=self._alpha)
 
     @torch.no_grad()
     def remove(self) -> None:
         """Restore the model; a second call does nothing."""
         model = self._model()
-        stack = _PATCHES.get(model) if model is not None else None
-        if stack is None or self not in stack.patches:
+        live = [] if model is None else _PATCHES.get(model, [])
+        if self not in live:
             return
-        at = stack.patches.index(self)
-        stack.patches.remove(self)
-        if at < len(stack.patches):  # the next one's "before" is now ours
-            stack.patches[at]._buffers = self._buffers
+        at = live.index(self)
+        above = live[at + 1 :]
+        del live[at]
+        if above:
+            above[0]._buffers = self._buffers  # the next one's "before" is now ours
         else:
-            buffers = dict(model.named_buffers())
             for name, saved in self._buffers.items():
-                buffers[name].copy_(saved)
-        parameters = dict(model.named_parameters())
-        for key in self._signature.tensors:
-            parameters[key].copy_(stack.originals[key])
-        for patch in stack.patches:
-            patch._add(model, only=self._signature.tensors)
-        if not stack.patches:
+                model.get_buffer(name).copy_(saved)
+        for patch in (*reversed(above), self):  # down to this one, and the others on again
+            for key, before in patch._before.items():
+                model.get_parameter(key).copy_(before)
+        for patch in above:
+            patch._put_on(model)
+        if not live:
             del _PATCHES[model]
-
-    @torch.no_grad()
-    def _add(self, model: nn.Module, only: Mapping[str, Tensor] | None = None) -> None:
-        if self._alpha == 0:  # θ + 0 would still turn −0.0 into 0.0
-            return
-        parameters = dict(model.named_parameters())
-        for key, delta in self._signature.tensors.items():
-            if only is None or key in only:
-                θ = parameters[key]
-                θ.add_(delta.to(device=θ.device, dtype=θ.dtype), alpha=self._alpha)
 
     def __enter__(self) -> Patch:
         return self
@@ -380,11 +362,6 @@ def patch(model: nn.Module, signature: RobustWeightSignature, alpha: float = 1.0
             f"the model from {lineage}",
             stacklevel=1,
         )
-    stack = _PATCHES.setdefault(model, _Stack())
-    for key in signature.tensors:
-        if key not in stack.originals:
-            stack.originals[key] = parameters[key].detach().clone()
     handle = Patch(model, signature, alpha)
-    stack.patches.append(handle)
-    handle._add(model)
+    _PATCHES.setdefault(model, []).append(handle)
     return handle

@@ -8,12 +8,12 @@ float32 bytes, end to end) and `checksum` (SHA-256 over both).
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
@@ -21,25 +21,24 @@ from torch import Tensor
 from models import ARCHS
 from models.layers import LAYERS
 from utils import checkpoint, quantize
+from utils.arguments import Parser
 from utils.errors import InputError, script_errors
 from utils.signature import Method, RobustWeightSignature
 
 FORMAT = "robust-weight-signature"
 VERSION = 1
 # What a file says of a signature beside its tensors, and the type of each.
-FACTS = {
-    **{"arch": str, "method": dict, "corruptions": list, "severity": int, "dataset": str},
-    **{"pretrained": str, "standard": str, "robust": list},
-}
-OPTIONAL = ("severity", "dataset", "pretrained", "standard")
+FACTS = {"arch": str, "method": dict, "severity": int | None}
+FACTS |= dict.fromkeys(("corruptions", "robust"), list)
+FACTS |= dict.fromkeys(("dataset", "pretrained", "standard"), str | None)
 
 
 def save(signature: RobustWeightSignature, path: str | os.PathLike) -> int:
     """Write `signature` to `path` atomically; gives its size in bytes."""
     packed = [_pack(k, t, signature.codes.get(k)) for k, t in signature.tensors.items()]
-    facts = {name: getattr(signature, name) for name in FACTS}
-    facts = {name: list(v) if isinstance(v, tuple) else v for name, v in facts.items()}
-    meta = {**facts, "method": asdict(signature.method), "tensors": [entry for entry, _ in packed]}
+    meta = {name: getattr(signature, name) for name in FACTS}
+    meta |= {"corruptions": list(signature.corruptions), "robust": list(signature.robust)}
+    meta |= {"method": asdict(signature.method), "tensors": [entry for entry, _ in packed]}
     payload = torch.cat([torch.empty(0, dtype=torch.uint8), *(data for _, data in packed)])
     document = {"format": FORMAT, "version": VERSION, "meta": meta, "payload": payload}
     checkpoint.save({**document, "checksum": _checksum(meta, payload)}, path)
@@ -53,25 +52,20 @@ def load(path: str | os.PathLike) -> RobustWeightSignature:
     or no signature at all.
     """
     document = checkpoint.read(path, "signature")
-    form, version = document.get("format"), document.get("version")
-    if not isinstance(form, str) or form != FORMAT:
-        raise InputError(f"{path}: not a signature file (made by model_patching.py)")
-    if not isinstance(version, int) or version != VERSION:
-        raise InputError(f"{path}: signature format {version}, this code reads {VERSION}")
     try:
+        if document.get("format") != FORMAT:
+            raise InputError("not a signature file (made by model_patching.py)")
+        if document["version"] != VERSION:
+            raise InputError(f"signature format {document['version']}, this code reads {VERSION}")
         meta, payload = document["meta"], document["payload"]
         if not checkpoint.is_plain(payload) or payload.dtype != torch.uint8:
-            raise ValueError("payload")
-        intact = _checksum(meta, payload) == document["checksum"]
-    except Exception as error:
-        raise InputError(f"{path}: damaged signature file") from error
-    if not intact:
-        raise InputError(f"{path}: checksum mismatch, the signature file is damaged")
-    try:
+            raise InputError("not a signature file, its payload is not bytes")
+        if _checksum(meta, payload) != document["checksum"]:
+            raise InputError("checksum mismatch, the signature file is damaged")
         return _unpack_all(meta, payload)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except Exception as error:  # a file made by hand, with a valid checksum and odd contents
+    except Exception as error:  # parts that are missing or of other types than `save` writes
         raise InputError(f"{path}: not a valid signature ({error})") from error
 
 
@@ -81,33 +75,23 @@ def _unpack_all(meta: dict, payload: Tensor) -> RobustWeightSignature:
         form |= {"scheme": form.pop("method")} if form else {}
         layers = meta.get("layers", "shallowest")
         meta["method"] = {"keep_num": meta["keep_num"], "layers": layers, **form}
-    _check(meta)
-    tensors, codes, start = {}, {}, 0
-    for entry in meta["tensors"]:
-        data = payload[start : start + entry["bytes"]]
-        if data.numel() != entry["bytes"]:
-            raise InputError(f"{entry['key']}: the payload is too short")
-        start += entry["bytes"]
+    method = Method(**meta["method"])
+    _check(meta, method)
+    tensors, codes = {}, {}
+    parts = payload.split([entry["bytes"] for entry in meta["tensors"]])
+    for entry, data in zip(meta["tensors"], parts, strict=True):
         tensors[entry["key"]], quantized = _unpack(entry, data)
         if quantized is not None:
             codes[entry["key"]] = quantized
-    if start != payload.numel():
-        raise InputError("the payload is longer than its tensors")
-    facts = {name: meta[name] for name in FACTS} | {"method": Method(**meta["method"])}
-    facts = {name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()}
+    facts = {name: meta[name] for name in FACTS} | {"method": method}
+    facts |= {"corruptions": tuple(meta["corruptions"]), "robust": tuple(meta["robust"])}
     return RobustWeightSignature(tensors=tensors, codes=codes, **facts)
 
 
-def _check(meta: dict) -> None:
+def _check(meta: dict, method: Method) -> None:
     """Raise InputError where a fact about a signature is not of its kind."""
-    method = Method(**meta["method"])
-    told, optional = meta | asdict(method), (*OPTIONAL, "levels")
-    kinds = FACTS | {f.name: type(f.default) for f in fields(Method)} | {"levels": int}
-    wrong = [
-        name
-        for name, kind in kinds.items()
-        if not isinstance(told[name], kind) and not (told[name] is None and name in optional)
-    ]
+    told, kinds = meta | asdict(method), FACTS | get_type_hints(Method)
+    wrong = [name for name, kind in kinds.items() if not isinstance(told[name], kind)]
     texts = [*meta["corruptions"], *meta["robust"], *(entry["key"] for entry in meta["tensors"])]
     if not all(isinstance(text, str) for text in texts):
         wrong.append("a name")
@@ -134,15 +118,14 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 
 def _pack(key: str, tensor: Tensor, q: quantize.Quantized | None) -> tuple[dict, Tensor]:
     """One tensor as (its entry in the file's table, its bytes)."""
-    entry = {"key": key, "shape": list(tensor.shape)}
+    entry = {"key": key, "shape": list(tensor.shape), "kind": "float32"}
     if q is None:
         data = _bytes_of(tensor.float())
-        entry |= {"kind": "float32"}
     else:
         bits = quantize.bits_per_code(q.levels)
         parts = [_bytes_of(q.low), _bytes_of(q.high), quantize.pack_bits(q.codes, bits)]
         if q.zeros is not None:
-            parts.append(quantize.pack_bits(q.zeros.to(torch.int32), 1))
+            parts.append(quantize.pack_bits(q.zeros, 1))
         data = torch.cat(parts)
         entry |= {"kind": q.method, "levels": q.levels}
         entry |= {"groups": q.low.numel(), "zeros": q.zeros is not None}
@@ -150,28 +133,24 @@ def _pack(key: str, tensor: Tensor, q: quantize.Quantized | None) -> tuple[dict,
 
 
 def _unpack(entry: dict, data: Tensor) -> tuple[Tensor, quantize.Quantized | None]:
-    shape = torch.Size(entry["shape"])
-    count = shape.numel()
+    """The inverse of `_pack`; `split` and `reshape` raise where there are more bytes or fewer."""
+    shape, levels = torch.Size(entry["shape"]), entry.get("levels")
     if entry["kind"] == "float32":
-        if data.numel() != 4 * count:
-            raise InputError(f"{entry['key']}: {data.numel()} bytes for {count} float32 values")
         return data.clone().view(torch.float32).reshape(shape), None
-    quantize.check_levels(entry["levels"], entry["kind"])
-    bits, groups = quantize.bits_per_code(entry["levels"]), entry["groups"]
-    sizes = [4 * groups, 4 * groups, -(-count * bits // 8)]
-    if entry["zeros"]:
-        sizes.append(-(-count // 8))
-    if sum(sizes) != data.numel() or groups not in (1, *shape[:1]):
-        raise InputError(f"{entry['key']}: {data.numel()} bytes, its table entry says {sum(sizes)}")
-    low, high, codes, *zeros = data.split(sizes)
+    quantize.check_levels(levels, entry["kind"])
+    bits, groups, count = quantize.bits_per_code(levels), entry["groups"], shape.numel()
+    if groups not in (1, *shape[:1]):
+        raise InputError(f"{entry['key']}: {groups} ranges for a tensor of {tuple(shape)}")
+    sizes = [4 * groups, 4 * groups, -(-count * bits // 8), -(-count // 8)]
+    low, high, codes, *zeros = data.split(sizes if entry["zeros"] else sizes[:3])
     q = quantize.Quantized(
-        codes=quantize.unpack_bits(codes, bits, count),
-        low=low.clone().view(torch.float32),
-        high=high.clone().view(torch.float32),
-        shape=shape,
-        levels=entry["levels"],
-        method=entry["kind"],
-        zeros=quantize.unpack_bits(zeros[0], 1, count).bool() if zeros else None,
+        quantize.unpack_bits(codes, bits, count),
+        low.clone().view(torch.float32),
+        high.clone().view(torch.float32),
+        shape,
+        levels,
+        entry["kind"],
+        quantize.unpack_bits(zeros[0], 1, count).bool() if zeros else None,
     )
     return quantize.decode(q), q
 
@@ -209,13 +188,12 @@ def describe(path: str | os.PathLike) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m utils.signature_file", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    show = commands.add_parser("show", help="print what a signature file holds")
-    show.add_argument("file", help="a .rws file")
-    args = parser.parse_args()
+    """The command line."""
     with script_errors():
-        print(describe(args.file))
+        parser = Parser(__doc__, prog="python -m utils.signature_file")
+        parser.add_argument("command", choices=["show"], help="print what a signature file holds")
+        parser.add_argument("file", help="a .rws file")
+        print(describe(parser.parse_args().file))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import warnings
 from pathlib import Path
 
@@ -25,8 +26,8 @@ def find_robust(root: str | Path, corruption: str) -> Path:
     if not root.is_dir():
         raise InputError(f"--corruption_model_root {root}: no such folder")
     folders = sorted(path for path in root.iterdir() if path.is_dir())
-    found = [f for f in folders if f.name == corruption]
-    found = found or [f for f in folders if corruption in f.name]
+    exact = [f for f in folders if f.name == corruption]
+    found = exact or [f for f in folders if corruption in f.name]
     if len(found) != 1:
         names = ", ".join(f.name for f in (found or folders)) or "nothing"
         what = "several folders fit" if found else "no folder for"
@@ -47,11 +48,10 @@ def load_states(args: argparse.Namespace) -> tuple[dict[str, dict[str, Tensor]],
         source = arguments.pretrained_source(args)
         states["pretrained"] = ckpt.pretrained_state_dict(source, args.arch)
         states["standard"] = ckpt.read_state_dict(args.base_model)
-        wanted = [key for layer in depth_order(args.arch) for key in layer]
         for path, state in zip((source, args.base_model), states.values(), strict=True):
-            missing = [key for key in wanted if key not in state]
-            if missing:
-                raise InputError(f"{path} does not hold a {args.arch}: it has no {missing[0]}")
+            for key in itertools.chain(*depth_order(args.arch)):
+                if key not in state:
+                    raise InputError(f"{path} does not hold a {args.arch}: it has no {key}")
         pretrained_hash = ckpt.backbone_hash(states["pretrained"])
     for name in args.corruption if args.corruption_model_root else ():
         path = find_robust(args.corruption_model_root, name)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from datasets.corruptions import blur, digital, noise, weather
 from datasets.corruptions.draws import BLOCK, Draws
+from datasets.images import check_images
 from utils.errors import InputError, suggest
 
 # name → (function, its constants {32: severity 1..5, 64: the same for images above 48 pixels})
@@ -66,8 +67,6 @@ def corrupt(
     frost_dir: folder with the frost photographs, for "frost". Returns uint8 (N, 3, H, W) on the
     same device. Raises InputError for an unknown name, severity, shape or dtype.
     """
-    check(name, severity)
-    _check_images(images, name)
     return _corrupt(images, name, severity, _base_seed(generator), 0, frost_dir)
 
 
@@ -84,8 +83,6 @@ def corrupt_chunks(
     For sets too large to have twice in memory. device: where each chunk is moved and corrupted
     (default: where `images` are); the draws are those of `corrupt` on that device.
     """
-    check(name, severity)
-    _check_images(images, name)
     seed = _base_seed(generator)
     first = images[:1].to(device)
     side_by_side = torch.get_num_threads() if first.device.type == "cpu" else 1
@@ -105,6 +102,8 @@ def _corrupt(
     images: Tensor, name: str, severity: int, seed: int, first_block: int, frost_dir: str | None
 ) -> Tensor:
     """`images`, which start at block `first_block` of their set, corrupted chunk by chunk."""
+    check(name, severity)
+    _check_images(images, name)
     function, table = _TABLE[name]
     c = table[32 if max(images.shape[-2:]) <= 48 else 64][severity - 1]
     parameters = inspect.signature(function).parameters
@@ -179,13 +178,10 @@ def check(name: str, severity: int) -> None:
 def _check_images(images: Tensor, name: str) -> None:
     if not isinstance(images, Tensor):
         raise InputError(f"images must be a uint8 tensor, not {type(images).__name__}")
-    shape = tuple(images.shape)
-    if images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
-        raise InputError(f"images must be uint8 (N, 3, H, W), not {images.dtype} {shape}")
-    size = f"{shape[2]}×{shape[3]}"
-    if min(shape[2:]) < MIN_SIDE:
-        raise InputError(
-            f"images are {size}; corruptions need {MIN_SIDE}×{MIN_SIDE} pixels or more"
-        )
-    if name == "elastic_transform" and shape[2] != shape[3]:
-        raise InputError(f"images are {size}; elastic_transform takes square images only")
+    check_images(images)
+    height, width = images.shape[2:]
+    are = f"images are {height}×{width}"
+    if min(height, width) < MIN_SIDE:
+        raise InputError(f"{are}; corruptions need {MIN_SIDE}×{MIN_SIDE} pixels or more")
+    if name == "elastic_transform" and height != width:
+        raise InputError(f"{are}; elastic_transform takes square images only")

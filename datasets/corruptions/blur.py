@@ -76,9 +76,9 @@ def glass_blur(images: Tensor, c: tuple[float, int, int], draws: Draws) -> Tenso
     source = None
     for _ in range(passes):
         copied_from = _glass_pass(n, height, width, delta, draws)
-        source = copied_from if source is None else _pick(source, copied_from)
+        source = copied_from if source is None else filters.pick(source, copied_from)
     y = gaussian_blur(images, sigma).view(n, channels, -1)
-    y = _pick(y, source.expand(-1, channels, -1)).view(images.shape)
+    y = filters.pick(y, source.expand(-1, channels, -1)).view(images.shape)
     return gaussian_blur(y, sigma)
 
 
@@ -104,17 +104,8 @@ def _glass_pass(n: int, height: int, width: int, delta: int, draws: Draws) -> Te
     written = (copied_from > here) & inside.view(-1)[copied_from]
     last = torch.where(written, copied_from, here)
     for _ in range(6):
-        last = _pick(last, last)
-    return _pick(copied_from, last)
-
-
-def _pick(values: Tensor, index: Tensor) -> Tensor:
-    """values[i, j, index[i, j]] for values (n, C, m), index int32 (n, C, k); see torch.gather,
-    which takes several times as long on a CPU."""
-    n, channels, m = values.shape
-    start = torch.arange(0, n * channels * m, m, dtype=torch.int32, device=values.device)
-    flat = (index + start.view(n, channels, 1)).view(-1)
-    return values.reshape(-1).index_select(0, flat).view(index.shape)
+        last = filters.pick(last, last)
+    return filters.pick(copied_from, last)
 
 
 # (R, σ): reach and fall-off of the blur, in pixels along the line
@@ -159,8 +150,6 @@ def gaussian_blur(images: Tensor, c: float) -> Tensor:
     In double precision: the outer weights are down to 10⁻⁵, and in almost flat regions truncation
     turns on what they add (1 % of the values of some images, in single precision).
     """
-    if len(filters.gaussian_taps(c)) == 1:
-        return images
     # On a CPU 64 images at a time: temporaries of more go back to the system after every step,
     # and faulting them in again took half of glass_blur's time.
     step = 64 if images.device.type == "cpu" else len(images)

@@ -65,9 +65,8 @@ def saturate(images: Tensor, c: tuple[float, float]) -> Tensor:
     """
     a, b = c
     x = images.float()
-    red, green, blue = x[:, :1], x[:, 1:2], x[:, 2:]
-    value = torch.maximum(torch.maximum(red, green), blue)
-    delta = value - torch.minimum(torch.minimum(red, green), blue)
+    value = x.amax(1, keepdim=True)
+    delta = value - x.amin(1, keepdim=True)
     below = torch.sub(value, x, out=x)
     # Greys have hue 0, which is red: their green and blue fall to V·(1 − s').
     below[:, 1:] += 1 - delta.clamp(max=1)
@@ -104,8 +103,8 @@ def elastic_transform(images: Tensor, c: tuple[float, float, float], draws) -> T
         centres = (torch.arange(side, device=x.device) * 2 + 1) / side - 1
         fields[:, 0] += centres
         fields[:, 1] += centres[:, None]
-        grid = fields.permute(0, 2, 3, 1)
-        x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+        fields = fields.permute(0, 2, 3, 1)
+        x = F.grid_sample(x, fields, padding_mode="reflection", align_corners=False)
     return truncate(x)
 
 
@@ -151,8 +150,7 @@ def pixelate(images: Tensor, c: float) -> Tensor:
     # Sums by 0/1 matrices, then a division: halves stay exact, so they round up.
     x = torch.matmul(images.float().reshape(-1, width), across.T)
     x = x.div_(across_count).add_(0.5).floor_().view(n * channels, height, width)
-    x = torch.matmul(down, x)
-    x = x.div_(down_count[:, None]).add_(0.5)
+    x = torch.matmul(down, x).div_(down_count[:, None]).add_(0.5)
     return x.to(torch.uint8).view(n, channels, height, width)
 
 
@@ -192,11 +190,12 @@ _CHROMINANCE = (
     (18, 21, 26, 66, 99, 99, 99, 99),
     (24, 26, 56, 99, 99, 99, 99, 99),
     (47, 66, 99, 99, 99, 99, 99, 99),
-    (99, 99, 99, 99, 99, 99, 99, 99),
-    (99, 99, 99, 99, 99, 99, 99, 99),
-    (99, 99, 99, 99, 99, 99, 99, 99),
-    (99, 99, 99, 99, 99, 99, 99, 99),
+    *[(99, 99, 99, 99, 99, 99, 99, 99)] * 4,
 )
+
+# Y, Cb, Cr from R, G, B and R, G, B − Y from Cb, Cr − 128, in units of 2⁻¹⁶.
+_TO_YCC = ((19595, 38470, 7471), (-11059, -21709, 32768), (32768, -27439, -5329))
+_TO_RGB = ((0, 91881), (-22554, -46802), (116130, 0))
 
 # The 8-point DCT times √8 in units of 2⁻¹³: the Loeffler–Ligtenberg–Moschytz flow graph with the
 # 13-bit constants of libjpeg's accurate integer transform, multiplied out (Σ x·entry is then the
@@ -249,13 +248,9 @@ def _table(rows: tuple[tuple[int, ...], ...], quality: int, device: torch.device
 def _rgb_to_ycc(x: Tensor) -> tuple[Tensor, Tensor]:
     """Y (1, H, W, n) and Cb, Cr (2, H, W, n), rounded to 8 bit, from RGB (3, H, W, n).
 
-    Weights in 2⁻¹⁶; all sums stay below 2²⁴. Chroma rounds half down, as libjpeg's does.
+    All sums are integers below 2²⁴. Chroma rounds half down, as libjpeg's does.
     """
-    red, green, blue = x
-    ycc = torch.empty_like(x)
-    torch.mul(red, 19595, out=ycc[0]).add_(green, alpha=38470).add_(blue, alpha=7471)
-    torch.mul(blue, 32768, out=ycc[1]).sub_(red, alpha=11059).sub_(green, alpha=21709)
-    torch.mul(red, 32768, out=ycc[2]).sub_(green, alpha=27439).sub_(blue, alpha=5329)
+    ycc = (on_device(_TO_YCC, x.device) @ x.flatten(1)).view_as(x)
     ycc[0] += 32768
     ycc[1:] += (128 << 16) + 32767
     ycc.mul_(2.0**-16).floor_()
@@ -264,11 +259,8 @@ def _rgb_to_ycc(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _ycc_to_rgb(y: Tensor, chroma: Tensor) -> Tensor:
     """RGB (3, H, W, n) in 0..255 from 8-bit Y (1, H, W, n) and Cb, Cr (2, H, W, n)."""
-    cb, cr = chroma.sub_(128)
-    rgb = torch.empty(3, *cb.shape, device=y.device)
-    torch.mul(cr, 91881, out=rgb[0])
-    torch.mul(cr, -46802, out=rgb[1]).sub_(cb, alpha=22554)
-    torch.mul(cb, 116130, out=rgb[2])
+    rgb = on_device(_TO_RGB, y.device) @ chroma.sub_(128).flatten(1)
+    rgb = rgb.view(3, *y.shape[1:])
     return rgb.add_(32768).mul_(2.0**-16).floor_().add_(y).clamp_(0, 255)
 
 

@@ -22,7 +22,6 @@ What they lack is the crystals' shapes.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 from datasets.cache import read_image
+from datasets.corruptions.filters import interpolation
 from utils.errors import InputError
 
 PHOTOGRAPHS = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
@@ -63,21 +63,12 @@ SPECTRA = (  # power along the first axis at 2⁻⁹, 2⁻⁸, …, 2⁻¹ cycle
 )
 
 
-@dataclass(frozen=True)
-class Textures:
-    """`count` scaled textures, in one uint8 (count, 3, H', W'), padded at the right and below.
-
-    sizes: int64 (count, 2), height and width without the padding.
-    """
-
-    pixels: Tensor
-    sizes: Tensor
-
-
 @functools.lru_cache(maxsize=8)
-def textures(frost_dir: str | None, factor: float, device: torch.device) -> Textures:
+def textures(frost_dir: str | None, factor: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """The photographs in `frost_dir`, or the stand-ins for None, scaled by `factor`; cached.
 
+    Returns the pixels, uint8 (5, 3, H', W'), padded at the right and below, and the heights and
+    widths without the padding, int64 (5, 2).
     Raises InputError when the folder or one of the photographs is missing or unreadable.
     """
     full = _synthetic() if frost_dir is None else _photographs(Path(frost_dir))
@@ -86,7 +77,7 @@ def textures(frost_dir: str | None, factor: float, device: torch.device) -> Text
     pixels = torch.zeros(len(scaled), 3, *sizes.max(0).values.tolist(), dtype=torch.uint8)
     for row, texture in zip(pixels, scaled, strict=True):
         row[:, : texture.shape[1], : texture.shape[2]] = texture
-    return Textures(pixels.to(device), sizes.to(device))
+    return pixels.to(device), sizes.to(device)
 
 
 def _photographs(folder: Path) -> list[Tensor]:
@@ -94,8 +85,9 @@ def _photographs(folder: Path) -> list[Tensor]:
     found = []
     for name in PHOTOGRAPHS:
         if not (folder / name).is_file():
-            wanted = ", ".join(PHOTOGRAPHS)
-            raise InputError(f"--frost_dir {folder}: {name} is missing; it must hold {wanted}")
+            raise InputError(
+                f"--frost_dir {folder}: {name} is missing; it must hold {', '.join(PHOTOGRAPHS)}"
+            )
         rgb = np.array(read_image(folder / name))
         if min(rgb.shape[:2]) < SMALLEST_SIDE:
             raise InputError(
@@ -125,12 +117,10 @@ def _random_texture(generator: torch.Generator, size, mean, axes, skew, spectrum
     power = 10 ** (np.interp(octave, np.arange(-9, 0), spectrum) / 10)
     amplitude = torch.from_numpy(np.sqrt(power))
     noise = torch.randn(2, height, width, generator=generator, dtype=torch.float64)
-    field = torch.fft.irfft2(torch.fft.rfft2(noise) * amplitude, s=size)
-    field = _standardized(field)
+    field = _standardized(torch.fft.irfft2(torch.fft.rfft2(noise) * amplitude, s=size))
     field[0] = _standardized(field[0] + skew * field[0] ** 2)
-    mean = torch.tensor(mean, dtype=torch.float64)
     rgb = torch.einsum("kc,khw->chw", torch.tensor(axes, dtype=torch.float64), field)
-    rgb += mean[:, None, None]
+    rgb += torch.tensor(mean, dtype=torch.float64)[:, None, None]
     return rgb.round_().clamp_(DARKEST, 255).to(torch.uint8)
 
 
@@ -147,10 +137,5 @@ def _downscale(image: Tensor, factor: float) -> Tensor:
 
 def _sampling(size: int, factor: float) -> Tensor:
     """Bilinear sampling along an axis of `size` as a float64 (round(size·factor), size) matrix."""
-    count = round(size * factor)
-    position = ((np.arange(count) + 0.5) / factor - 0.5).clip(0, size - 1)
-    low = position.astype(int).clip(max=size - 2)
-    matrix = np.zeros((count, size))
-    matrix[np.arange(count), low] = 1 - (position - low)
-    matrix[np.arange(count), low + 1] = position - low
-    return torch.from_numpy(matrix)
+    position = (np.arange(round(size * factor)) + 0.5) / factor - 0.5
+    return torch.from_numpy(interpolation(position.clip(0, size - 1), size))

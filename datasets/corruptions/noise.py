@@ -56,7 +56,7 @@ def _poisson_aliases(c: float, device: torch.device) -> Tensor:
     for k in range(256):
         below = stats.poisson.cdf(counts, c * k / 255)
         share = np.diff(below, prepend=0)
-        share[-1] = 1 - below[-2] if len(below) > 1 else 1.0  # every count ≥ c is white
+        share[-1] = 1 - below[-2]  # every count ≥ c is white
         mass = np.bincount(results, weights=share, minlength=256) * 256
         threshold, alias = np.ones(256), np.arange(256)
         small = [j for j in range(256) if mass[j] < 1]

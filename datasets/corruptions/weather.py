@@ -16,22 +16,16 @@ from datasets.corruptions import filters, frost_texture
 from datasets.corruptions.draws import Draws
 from datasets.corruptions.filters import gaussian_blur, to_float, to_uint8, truncate
 
-# μ, σ, zoom, threshold, blur radius, blur σ, weight m of the image against its whitened self
-SNOW = {
-    32: (
-        (0.1, 0.2, 1.0, 0.6, 8, 3, 0.95),
-        (0.1, 0.2, 1.0, 0.5, 10, 4, 0.9),
-        (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
-        (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
-        (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
-    ),
-    64: (
-        (0.1, 0.2, 1.0, 0.6, 8, 3, 0.8),
-        (0.1, 0.2, 1.0, 0.5, 10, 4, 0.8),
-        (0.15, 0.3, 1.75, 0.55, 10, 4, 0.7),
-        (0.25, 0.3, 2.25, 0.6, 12, 6, 0.65),
-        (0.3, 0.3, 1.25, 0.65, 14, 12, 0.6),
-    ),
+_FLAKES = (  # μ, σ, zoom, threshold, blur radius, blur σ
+    (0.1, 0.2, 1.0, 0.6, 8, 3),
+    (0.1, 0.2, 1.0, 0.5, 10, 4),
+    (0.15, 0.3, 1.75, 0.55, 10, 4),
+    (0.25, 0.3, 2.25, 0.6, 12, 6),
+    (0.3, 0.3, 1.25, 0.65, 14, 12),
+)
+SNOW = {  # and m, the weight of the image against its whitened self
+    32: [(*row, m) for row, m in zip(_FLAKES, (0.95, 0.9, 0.9, 0.85, 0.8), strict=True)],
+    64: [(*row, m) for row, m in zip(_FLAKES, (0.8, 0.8, 0.7, 0.65, 0.6), strict=True)],
 }
 # weight of the image, weight of the frost
 FROST = {
@@ -74,24 +68,18 @@ def snow(images: Tensor, c: tuple, draws: Draws) -> Tensor:
     (H, W); the direction of the streaks, uniform ().
     """
     mean, spread, factor, threshold, radius, sigma, m = c
-    height, width = images.shape[-2:]
-    flakes = draws.normal(height, width).mul_(spread).add_(mean)
+    flakes = draws.normal(*images.shape[-2:]).mul_(spread).add_(mean)
     if factor > 1:
         flakes = filters.zoom(flakes, factor)
     flakes = to_uint8(F.threshold(flakes, threshold, 0.0))[:, None]
-    layer = to_float(
-        filters.motion_blur(flakes, draws.uniform(low=-135.0, high=-45.0), radius, sigma)
-    )
+    phi = draws.uniform(low=-135.0, high=-45.0)
+    layer = to_float(filters.motion_blur(flakes, phi, radius, sigma))
 
     x = to_float(images)
-    whitened = _grey(x).mul_(1.5).add_(0.5)
+    luma = (x[:, :1] * 0.299).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)
+    whitened = luma.mul_(1.5).add_(0.5)
     x = torch.lerp(torch.maximum(x, whitened), x, m)
     return to_uint8(x.add_(layer + layer.flip(2, 3)))
-
-
-def _grey(x: Tensor) -> Tensor:
-    """Luma of float (n, 3, H, W), as (n, 1, H, W)."""
-    return (x[:, :1] * 0.299).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)
 
 
 # ---- frost ---------------------------------------------------------------------------------------
@@ -107,17 +95,16 @@ def frost(images: Tensor, c: tuple, draws: Draws, frost_dir: str | None = None) 
     keep, lay = c
     height, width = images.shape[-2:]
     side = max(height, width)
-    factor = 0.2 if side <= 48 else 0.3
     # Images of 94 pixels and more don't fit into the smallest photograph at 0.3.
-    factor = max(factor, (side + 1) / frost_texture.SMALLEST_SIDE)
-    textures = frost_texture.textures(frost_dir, factor, images.device)
+    factor = max(0.2 if side <= 48 else 0.3, (side + 1) / frost_texture.SMALLEST_SIDE)
+    pixels, sizes = frost_texture.textures(frost_dir, factor, images.device)
 
     # The remainders of 2⁴⁰ are even to 1e-9.
     pick = draws.integers(0, 2**40, 3)
-    which = pick[:, 0] % len(textures.sizes)
-    row = pick[:, 1] % (textures.sizes[which, 0] - height)
-    column = pick[:, 2] % (textures.sizes[which, 1] - width)
-    windows = textures.pixels.unfold(2, height, 1).unfold(3, width, 1)
+    which = pick[:, 0] % len(sizes)
+    row = pick[:, 1] % (sizes[which, 0] - height)
+    column = pick[:, 2] % (sizes[which, 1] - width)
+    windows = pixels.unfold(2, height, 1).unfold(3, width, 1)
     crops = windows.permute(0, 2, 3, 1, 4, 5)[which, row, column]
     return truncate((images * keep).add_(crops, alpha=lay))
 
@@ -148,18 +135,16 @@ def plasma(size: int, decay: float, draws: Draws) -> Tensor:
     row.
     """
     noise = draws.uniform(size * size - 1, low=-1.0, high=1.0)
-    n = len(noise)
-    field = torch.zeros(n, size, size, device=noise.device)
-    used, step, wobble = 0, size, 100.0
+    counts = [4**level for level in range(size.bit_length() - 1) for _ in range(3)]
+    parts = iter(noise.split(counts, 1))
+    field = torch.zeros(len(noise), size, size, device=noise.device)
+    step, wobble = size, 100.0
+
+    def wobbled(total: Tensor) -> Tensor:
+        return total.div_(4).add_(next(parts).view_as(total), alpha=wobble * wobble)
+
     while step >= 2:
-        k, half = size // step, step // 2
-
-        def wobbled(total: Tensor, k: int = k, wobble: float = wobble) -> Tensor:
-            nonlocal used
-            part = noise[:, used : used + k * k].view(n, k, k)
-            used += k * k
-            return total.div_(4).add_(part, alpha=wobble * wobble)
-
+        half = step // 2
         corners = field[:, ::step, ::step]
         right = corners + corners.roll(-1, 2)
         below = corners + corners.roll(-1, 1)
@@ -201,8 +186,7 @@ def spatter(images: Tensor, c: tuple, draws: Draws) -> Tensor:
     Draws: normal (H, W).
     """
     mean, spread, blur, threshold, k, mud = c
-    height, width = images.shape[-2:]
-    noise = draws.normal(height, width).mul_(spread).add_(mean)
+    noise = draws.normal(*images.shape[-2:]).mul_(spread).add_(mean)
     liquid = F.threshold(gaussian_blur(noise, blur), threshold, 0.0)
     colour = filters.on_device(MUD if mud else WATER, images.device).view(3, 1, 1)
     if mud:
@@ -223,14 +207,12 @@ def _relief(liquid: Tensor) -> Tensor:
     liquid: float32 (n, H, W) of whole numbers 0..255. Returns the same kind.
     """
     distance = chamfer_distance(canny(liquid, low=50, high=150), cut=20)
-    equalized = equalize(_mean3(distance).div_(1e4).floor_(), levels=21)
-    padded = _mirrored(equalized)
+    padded = _mirrored(equalize(_mean3(distance).div_(1e4).floor_(), levels=21))
     height, width = liquid.shape[-2:]
     embossed = torch.zeros_like(liquid)
     for i, row in enumerate(((-2, -1, 0), (-1, 1, 1), (0, 1, 2))):
         for j, weight in enumerate(row):
-            if weight:
-                embossed.add_(padded[:, i : i + height, j : j + width], alpha=weight)
+            embossed.add_(padded[:, i : i + height, j : j + width], alpha=weight)
     return _mean3(embossed.clamp_(0, 255)).round_()
 
 
