@@ -53,13 +53,11 @@ from utils.errors import InputError, script_errors
 from utils.files import check_writable, hold, replacing
 
 ALL_SEVERITIES = list(range(1, SEVERITIES + 1))
-# The split that each part holds, and the folder that the RWS code reads its images from.
-SPLIT_OF = {"train": "all", "test": "test"}
-FOLDER_OF = {"train": "train", "test": "val"}
+SPLIT_OF = {"train": "all", "test": "test"}  # that each part holds
+FOLDER_OF = {"train": "train", "test": "val"}  # of each part in --layout folders
 # Of a sheet: pixels of a picture, about; between two pictures, in pixels of theirs; per inch.
 CELL, GAP, DPI = 128, 1, 100
 SHEETS = (".png", ".jpg", ".pdf", ".svg")
-
 
 SOME = {"nargs": "+", "action": Distinct, "default": None}
 SEVERITY_HELP = "of the corrupted images; default: 1 2 3 4 5, for --layout rws 5"
@@ -151,14 +149,17 @@ def is_finished(args: argparse.Namespace, place: str, settings: dict) -> bool:
     if not os.path.lexists(path):
         return False
     made = made_in(Path(args.out)).get(place, {})
-    other = [key for key in settings if made.get(key) != settings[key]]
+    other = next((key for key in settings if made.get(key) != settings[key]), None)
     if other and not args.overwrite:
-        how = f"made with {other[0]} {made.get(other[0])}, not {settings[other[0]]}"
-        raise InputError(
-            f"{path} is there already, {how if made else 'not made by this script'}: give "
-            "another --out, or --overwrite to replace it"
-        )
+        how = f"made with {other} {made.get(other)}, not {settings[other]}"
+        raise refusal(path, how if made else "not made by this script")
     return not other
+
+
+def refusal(path: Path, how: str) -> InputError:
+    """The error for an output that is there, made `how`, and may not be replaced."""
+    what = f"{path} is there already, {how}"
+    return InputError(f"{what}: give another --out, or --overwrite to replace it")
 
 
 def check_images(args: argparse.Namespace, sets: dict[str, ImageSet], device: torch.device) -> None:
@@ -207,10 +208,7 @@ def make(args: argparse.Namespace) -> None:
     """Write what `args` (from `parse_args`) ask for and is not there yet."""
     device, out = choose_device(args.device), Path(args.out)
     check_writable(out)
-    sets = {
-        part: datasets.load(args.dataset, args.data, SPLIT_OF[part], args.image_size)
-        for part in args.split
-    }
+    sets = {part: load(args, part) for part in args.split}
     check_images(args, sets, device)
     outputs = wanted(args, sets)
     pending = {place: s for place, s in outputs.items() if not is_finished(args, place, s)}
@@ -232,12 +230,44 @@ def make(args: argparse.Namespace) -> None:
         with hold(path.with_name(f".{path.name}.lock")):
             if is_finished(args, place, settings):  # another process has made it meanwhile
                 continue
-            with replacing_output(out, place, settings) as temporary:
-                write = write_array if path.suffix == ".npy" else write_folder
-                write(temporary, clean, settings, chunks(clean, settings, args, device))
+            write(args, place, settings, clean, device)
         made += 1
         print(f"made {path}", flush=True)
     print(f"{made} made, {len(outputs) - made} finished before or by another process")
+
+
+def load(args: argparse.Namespace, part: str) -> ImageSet:
+    """The clean images of "train" or "test"."""
+    return datasets.load(args.dataset, args.data, SPLIT_OF[part], args.image_size)
+
+
+def write(
+    args: argparse.Namespace, place: str, settings: dict, clean: ImageSet, device: torch.device
+) -> None:
+    """Make an output in a folder beside OUT/place, list it as made, and move it there.
+
+    A file or folder that is there stays until then. Raises InputError where the disk refuses.
+    """
+    out, path = Path(args.out), Path(args.out) / place
+    work = path.with_name(f".{path.name}.tmp")
+    try:
+        shutil.rmtree(work, ignore_errors=True)  # what a killed run left
+        work.mkdir()
+        write_images = write_array if path.suffix == ".npy" else write_folder
+        write_images(work / path.name, clean, settings, chunks(clean, settings, args, device))
+        if hasattr(os, "sync"):
+            os.sync()  # for tens of thousands of small files cheaper than a sync of each
+        with replacing(out / MADE) as listing:  # others wait, so that no entry is lost
+            made = made_in(out) | {place: settings}
+            listing.write_text(json.dumps(made, indent=1, ensure_ascii=False), encoding="utf-8")
+            # Taken away before the new one is listed: a kill leaves no old one listed as new.
+            if os.path.lexists(path):
+                path.rename(work / "old")
+        (work / path.name).rename(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def chunks(
@@ -245,12 +275,11 @@ def chunks(
 ) -> Iterator[np.ndarray]:
     """The corrupted images, uint8 (n, H, W, 3) at a time, one severity after the other."""
     name, severities = settings["corruption"], settings["severity"]
-    split = SPLIT_OF[settings["part"]]
     total = len(severities) * len(clean)
     with tqdm(total=total, desc=name, unit="img", leave=False, disable=None) as bar:
         for severity in severities:
             how = Copies(severity, args.seed, None, args.frost_dir, device)
-            for _, images in generate_chunks(clean, name, split, how):
+            for _, images in generate_chunks(clean, name, SPLIT_OF[settings["part"]], how):
                 yield images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
                 bar.update(len(images))
 
@@ -264,10 +293,7 @@ def write_labels(path: Path, clean: ImageSet, copies: int, overwrite: bool) -> N
     with contextlib.suppress(Exception):  # whatever NumPy's parser meets in a damaged file
         same = np.array_equal(np.load(path, allow_pickle=False), labels)
     if path.exists() and not same and not overwrite:
-        raise InputError(
-            f"{path} is there already and holds other labels than {clean.name}: give another "
-            "--out, or --overwrite to replace it"
-        )
+        raise refusal(path, f"with other labels than {clean.name}")
     if not same:
         with replacing(path) as temporary:
             np.save(temporary, labels)
@@ -298,33 +324,6 @@ def save_jpeg(pixels: np.ndarray, path: Path) -> None:
     Image.fromarray(pixels).save(path, format="JPEG", quality=85, optimize=True)
 
 
-@contextlib.contextmanager
-def replacing_output(out: Path, place: str, settings: dict) -> Iterator[Path]:
-    """Give a temporary path; on a clean exit list it as made and rename it to OUT/place.
-
-    A file or folder that is there stays until then. Raises InputError where the disk refuses.
-    """
-    path = out / place
-    work = path.with_name(f".{path.name}.tmp")
-    try:
-        shutil.rmtree(work, ignore_errors=True)  # what a killed run left
-        work.mkdir()
-        yield work / path.name
-        if hasattr(os, "sync"):
-            os.sync()  # for tens of thousands of small files cheaper than a sync of each
-        with replacing(out / MADE) as listing:  # others wait, so that no entry is lost
-            made = made_in(out) | {place: settings}
-            listing.write_text(json.dumps(made, indent=1, ensure_ascii=False), encoding="utf-8")
-            # Taken away before the new one is listed: a kill leaves no old one listed as new.
-            if os.path.lexists(path):
-                path.rename(work / "old")
-        (work / path.name).rename(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
 # ---- preview --------------------------------------------------------------------------------
 
 
@@ -333,13 +332,13 @@ def preview(args: argparse.Namespace) -> None:
     path, device = Path(args.preview), choose_device(args.device)
     if path.exists() and not args.overwrite:
         raise InputError(f"--preview {path}: there already; --overwrite replaces it")
-    part = args.split[0]
-    clean = datasets.load(args.dataset, args.data, SPLIT_OF[part], args.image_size)
+    (part,) = args.split
+    clean = load(args, part)
     sample = clean.subset([stable_seed("preview", args.seed) % len(clean)])
-    pictures, split = [], SPLIT_OF[part]
     hows = [Copies(s, args.seed, None, args.frost_dir, device) for s in args.severity]
+    pictures = []
     for name in args.corruption:
-        copies = [corrupted_set(sample, name, split, how) for how in hows]
+        copies = [corrupted_set(sample, name, SPLIT_OF[part], how) for how in hows]
         pictures += [shown.images for shown in (sample, *copies)]
     columns = ["clean", *(f"severity {severity}" for severity in args.severity)]
     figure = sheet(torch.cat(pictures), args.corruption, columns)

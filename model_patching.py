@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -62,9 +63,8 @@ class Patching:
         self.amp = use_amp(self.device, args.amp)
         self.stored = sources.load_signatures(args)
         self.states, self.severities = sources.load_states(args)
-        for signature in self.stored:
-            for name in signature.corruptions:
-                self.severities[name] = signature.severity or args.severity
+        stored = {c: s.severity or args.severity for s in self.stored for c in s.corruptions}
+        self.severities |= stored
 
         clean = flags.load_images(args, args.data, "test")
         base = ckpt.read(args.base_model)
@@ -74,7 +74,7 @@ class Patching:
         state = ckpt.state_dict_of(checkpoint, path)
         constants = ([0.0] * 3, [1.0] * 3)  # kept by a checkpoint that has its own
         if "normalize.mean" not in state:
-            constants = normalization(clean.name, flags.load_images(args, args.data, "train"))
+            constants = normalization(clean.name, self._clean_train)
         model = build_model(args.arch, len(clean.classes), *constants)
         ckpt.load_model_weights(model, args.arch, state, path)
         model.pretrained_hash = checkpoint.get("pretrained_hash")
@@ -91,7 +91,10 @@ class Patching:
         self._prints = {name: fingerprint(images) for name, images in sets.items()}
         self._target_hash = ckpt.tensors_hash(self.target.state_dict())
         self._signatures: dict[tuple[str, Method], RobustWeightSignature] = {}
-        self._clean_train: ImageSet | None = None
+
+    @functools.cached_property
+    def _clean_train(self) -> ImageSet:
+        return flags.load_images(self.args, self.args.data, "train")
 
     # ---- signatures and patches ----------------------------------------------------------
 
@@ -146,22 +149,38 @@ class Patching:
         return corrupted_set(clean, name, split, how)
 
     def _training_batches(self, name: str) -> BatchLoader:
-        if self._clean_train is None:
-            self._clean_train = flags.load_images(self.args, self.args.data, "train")
         images = self.corrupted(self._clean_train, name, "train", self.severities[name])
         how = {"augment": augmentation_for(images.name), "shuffle": True, "seed": self.args.seed}
         return BatchLoader(images, BN_BATCH, device=self.device, **how)
 
     # ---- measuring: {"TA": accuracy on clean test images, "RA": {corruption: on corrupted}} -----
 
-    def measure(self, names: Sequence[str], title: str) -> dict:
-        """TA of the target as it is now, and RA under `names`, in percent."""
-        found = {part: self._accuracy(part, title) for part in ("clean", *names)}
+    def measure(
+        self,
+        key: str,
+        names: Sequence[str],
+        title: str,
+        context: contextlib.AbstractContextManager | None = None,
+    ) -> dict:
+        """TA and RA under `names`, in percent, of the target as it is within `context`.
+
+        key: of these weights; what was measured under it before is looked up.
+        """
+        arithmetic = f"{self.device.type} {'bf16' if self.amp else 'float32'}"
+        keys = {part: f"{key} | {self._prints[part]} {arithmetic}" for part in ("clean", *names)}
+        unknown = keys.values() - self.kept.known.keys()
+
+        def accuracy(part: str) -> float:
+            batches = evaluation_batches(self.sets[part], self.device)
+            return evaluate(self.target, batches, amp=self.amp, title=f"{title}: {part}")
+
+        with context if context and unknown else contextlib.nullcontext():
+            found = {p: self.kept.get(k, functools.partial(accuracy, p)) for p, k in keys.items()}
         return {"TA": found.pop("clean"), "RA": found}
 
     def standard(self, names: Sequence[str]) -> dict:
         """`measure` of the intact target."""
-        return self._measure_once(self._target_hash, names, contextlib.nullcontext, "standard")
+        return self.measure(self._target_hash, names, "standard")
 
     def with_patch(
         self, signatures: Sequence[RobustWeightSignature], w: Sequence[float], names: Sequence[str]
@@ -173,7 +192,7 @@ class Patching:
             severities = [self.severities[c] for c in total.corruptions]
             key += f" {total.corruptions} {severities} {self.args.seed} {sum(w)}"
         title = f"patched against {total.name}"
-        return self._measure_once(key, names, lambda: self.patched(signatures, w), title)
+        return self.measure(key, names, title, self.patched(signatures, w))
 
     def batchnorm_only(self, names: Sequence[str]) -> dict | None:
         """`measure` with statistics re-estimated under `names` and a patch of zeros.
@@ -189,33 +208,12 @@ class Patching:
         """`measure` of another model of these classes, of the weights `state` where given."""
         state = ckpt.read_state_dict(path) if state is None else state
         key = ckpt.tensors_hash(state)
-        return self._measure_once(key, names, lambda: self.holding(state, path), path.parent.name)
+        return self.measure(key, names, path.parent.name, self.holding(state, path))
 
     def robust(self, name: str) -> dict:
         """`measure` of the robust model of `name`, on its own corruption."""
         path = sources.find_robust(self.args.corruption_model_root, name)
         return self.other(path, [name], self.states[name])
-
-    def _accuracy(self, part: str, title: str) -> float:
-        batches = evaluation_batches(self.sets[part], self.device)
-        return evaluate(self.target, batches, amp=self.amp, title=f"{title}: {part}")
-
-    def _measure_once(
-        self, key: str, names: Sequence[str], put_on: Callable[[], object], title: str
-    ) -> dict:
-        arithmetic = f"{self.device.type} {'bf16' if self.amp else 'float32'}"
-        found = {}
-        with contextlib.ExitStack() as stack:
-            on = []
-
-            def accuracy() -> float:
-                if not on:
-                    on.append(stack.enter_context(put_on()))
-                return self._accuracy(part, title)
-
-            for part in ("clean", *names):
-                found[part] = self.kept.get(f"{key} | {self._prints[part]} {arithmetic}", accuracy)
-        return {"TA": found.pop("clean"), "RA": found}
 
 
 # ---- command line -----------------------------------------------------------------------------
@@ -238,24 +236,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments.add(parser.add_argument_group("output"), "save_signature save_log save_model")
     arguments.add(parser, "device amp")
     args = parser.parse_args(argv)
-    named, args.keep_num = args.keep_num, args.keep_num or [Method.keep_num]
-    check(args, ["--keep_num"] if named else [])
+    check(args)
+    args.keep_num = args.keep_num or [Method.keep_num]
     return args
 
 
-def check(args: argparse.Namespace, extracting: list[str]) -> None:
-    """Raise InputError for flags that don't go together, before anything is read.
-
-    extracting: flags given that are for extracting, of those whose value doesn't show it.
-    """
-    for keep_num in args.keep_num:
+def check(args: argparse.Namespace) -> None:
+    """Raise InputError for flags that don't go together, before anything is read."""
+    keep_nums = args.keep_num or [Method.keep_num]
+    for keep_num in keep_nums:
         method = Method.from_args(args, keep_num=keep_num)
     if args.base_model is None:
         raise InputError("--base_model is needed: the standard model")
     if args.signature:
-        clash = extracting + replace(method, keep_num=Method.keep_num).flags()
-        clash += [f"--{f}" for f in ("corruption", "save_signature") if getattr(args, f)]
-        if clash:
+        named = [f"--{f}" for f in ("keep_num", "corruption", "save_signature") if getattr(args, f)]
+        if clash := named + replace(method, keep_num=Method.keep_num).flags():
             raise InputError(f"{clash[0]} is for extracting; --signature brings it along")
     else:
         needed = {
@@ -273,7 +268,7 @@ def check(args: argparse.Namespace, extracting: list[str]) -> None:
     if args.finetune_alpha is not None and len(args.finetune_alpha) != count:
         given = len(args.finetune_alpha)
         raise InputError(f"--finetune_alpha has {given} values for {count} signatures")
-    patches = (1 if args.signature else len(args.keep_num)) * len(weightings(args, count))
+    patches = len(keep_nums) * len(weightings(args, count))
     outputs = [flag for flag in ("save_log", "save_model", "save_signature") if getattr(args, flag)]
     if outputs and patches > 1:
         raise InputError(f"--{outputs[0]} takes one patch, --keep_num and --alpha make {patches}")
@@ -299,12 +294,8 @@ def run(args: argparse.Namespace) -> dict:
     print_header(run)
     standard = {"model": "standard", **run.standard(every)}
     rows, robust = [standard], upper_bound(run)
-    choices = (
-        [run.stored]
-        if run.stored
-        else [[run.signature(c, keep_num=k) for c in own] for k in args.keep_num]
-    )
-    for signatures in choices:
+    for keep_num in args.keep_num:
+        signatures = run.stored or [run.signature(name, keep_num=keep_num) for name in own]
         for weights in weightings(args, len(signatures)):
             kept = " ".join(str(k) for k in dict.fromkeys(s.method.keep_num for s in signatures))
             title = f"patched, keep_num {kept}"
@@ -313,7 +304,8 @@ def run(args: argparse.Namespace) -> dict:
             elif args.alpha != [1.0]:
                 title += f", alpha {sum(weights):g}"
             with run.patched(signatures, weights) as model:
-                rows.append({"model": title, **run.measure(every, title)})
+                weights_hash = ckpt.tensors_hash(model.state_dict())
+                rows.append({"model": title, **run.measure(weights_hash, every, title)})
                 if args.save_model:
                     save_model(run, model)
     rows += [robust] if robust else []
@@ -324,14 +316,15 @@ def run(args: argparse.Namespace) -> dict:
             row["recovered"] = report.recovered(*ras)
     print(report.patching_table(rows, own))
     report.warn_below_chance(rows, len(run.sets["clean"].classes))
-    for name, signature in zip(own, signatures, strict=True) if args.save_signature else ():
-        path = Path(args.save_signature) / f"{name}.rws"
-        print(f"{path}: {signature.save(path):,} bytes")
+    places = [Path(f"{file}.json") for file in (args.save_log, args.save_model) if file]
+    if args.save_signature:
+        places.append(Path(args.save_signature) / "results.json")
+        for name, signature in zip(own, signatures, strict=True):
+            path = places[-1].with_name(f"{name}.rws")
+            print(f"{path}: {signature.save(path):,} bytes")
     data = fingerprint(run.sets["clean"])
     result = {"rows": rows, "arguments": vars(args), "data": data}
     result |= report.provenance(run.device)
-    places = [f"{file}.json" for file in (args.save_log, args.save_model) if file]
-    places += [Path(args.save_signature) / "results.json"] if args.save_signature else []
     for place in places:
         report.write_json(place, result)
     if args.save_log:
@@ -344,14 +337,15 @@ def upper_bound(run: Patching) -> dict | None:
 
     None where they are not given, or their classes are not the target's (transfer).
     """
-    own, names = run.target.state_dict(), run.args.corruption
-    for name in names:
+    own, ta, ra = run.target.state_dict(), [], {}
+    for name in run.args.corruption:
         theirs = run.states.get(name)
         if theirs is None or any(theirs.get(k, v).shape != v.shape for k, v in own.items()):
             return None
-    each = {name: run.robust(name) for name in names}
-    ra = {name: result["RA"][name] for name, result in each.items()}
-    return {"model": "robust", "TA": fmean(result["TA"] for result in each.values()), "RA": ra}
+        result = run.robust(name)
+        ta.append(result["TA"])
+        ra |= result["RA"]
+    return {"model": "robust", "TA": fmean(ta), "RA": ra}
 
 
 def save_model(run: Patching, model: nn.Module) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean
 
 from experiments import plots, tables
 from experiments.tables import FAILS, PATCHED, UNTOLD, graded
@@ -40,10 +39,8 @@ def table(rows: list[dict], study) -> tables.Table:
     of_models = [row for row in rows if row["model"] != TAKEN_OFF]
     made = tables.accuracies(of_models, label=tables.knob("alpha", "α"))
     back = all(row["value"] for row in tables.select(rows, model=TAKEN_OFF))
-    made.note = (
-        f"keep_num {study.method.keep_num}. Taken off again, every patch left the standard model "
-    )
-    made.note += "bit for bit." if back else "CHANGED."
+    made.note = f"keep_num {study.method.keep_num}. Taken off again, every patch left the standard "
+    made.note += f"model {'bit for bit' if back else 'CHANGED'}."
     return made
 
 
@@ -58,8 +55,7 @@ def verdict(rows: list[dict]) -> tables.Verdict:
         return UNTOLD, "no two α from 0 to 1 were measured"
     names, rising = tables.distinct(patched, "corruption"), 0
     for name in names:
-        of_name = [tables.select(patched, corruption=name, alpha=a) for a in alphas]
-        ras = [fmean(row["RA"] for row in each) for each in of_name]
+        ras = [tables.mean(patched, "RA", corruption=name, alpha=a) for a in alphas]
         rising += all(b >= a - 1 for a, b in itertools.pairwise(ras)) and ras[-1] > ras[0]
     back = all(row["value"] for row in tables.select(rows, model=TAKEN_OFF))
     words = f"taking a patch off {'restores every bit' if back else 'does NOT restore the model'}"

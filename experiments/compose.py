@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean
 
 from experiments import plots, tables
 from experiments.tables import BATCHNORM_ONLY, FAILS, PATCHED, STANDARD, UNION, graded
@@ -34,7 +33,8 @@ def measure(study) -> Iterator[dict]:
             models.append((BATCHNORM_ONLY, alone, {}))
         for w in (1 / n, 1.0):
             models.append((COMPOSED, run.with_patch(signatures, [w] * n, group), {"w": w}))
-        models.append((UNION, run.other(study.robust_model(run.args.seed, group), group), {}))
+        union = study.robust_job(run.args.seed, group).best
+        models.append((UNION, run.other(union, group), {}))
         for i, name in enumerate(group):
             if n > 2:
                 own = run.with_patch([signatures[i]], [1.0], [name])
@@ -58,29 +58,25 @@ def table(rows: list[dict], study) -> tables.Table:
 
 
 def figure(rows: list[dict], path: Path) -> None:
-    shown: dict[str, dict[str, list[float]]] = {}
-    for group, model in dict.fromkeys(map(_label, rows)):
-        names = group.split(" + ")
+    def label(row: dict) -> tuple[str, str]:
+        names = row["group"].split("+")
         title = " +\n".join(names) if len(names) < 4 else f"{len(names)} corruptions"
-        ra = fmean(row["RA"] for row in rows if _label(row) == (group, model))
-        shown.setdefault(title, {})[model] = [ra]
-    plots.bars(shown, "RA, mean over the group, %", path)
+        return title, _label(row)[1]
+
+    plots.bars(rows, label, "RA, mean over the group, %", path)
 
 
 def verdict(rows: list[dict]) -> tables.Verdict:
     shares, words = [], []
     for group in tables.distinct(rows, "group"):
-        of: dict[str, list[dict]] = {}
-        for row in tables.select(rows, group=group):
-            of.setdefault(_label(row)[1], []).append(row)
-        ra = {model: fmean(row["RA"] for row in each) for model, each in of.items()}
-        ta = {model: fmean(row["TA"] for row in each) for model, each in of.items()}
+        of = tables.grouped(tables.select(rows, group=group), _label)
+        ra, ta = ({k: tables.mean(each, m) for (_, k), each in of.items()} for m in ("RA", "TA"))
         best = max((model for model in ra if model.startswith(COMPOSED)), key=ra.get)
         trained = ra["trained on all of them"]
         share = recovered(ra[STANDARD], ra[best], trained)
         shares += [] if share is None else [share]
         words.append(
-            f"{len(of[STANDARD])} signatures: RA {ra[STANDARD]:.1f} → {ra[best]:.1f} ({best}; "
+            f"{group.count('+') + 1} signatures: RA {ra[STANDARD]:.1f} → {ra[best]:.1f} ({best}; "
             f"TA {ta[STANDARD]:.1f} → {ta[best]:.1f}), a model trained on all of them {trained:.1f}"
         )
     return graded(min(shares), 80, 40) if shares else FAILS, "; ".join(words)

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
-
 from experiments import plots, tables
 from experiments.similarity import cosine
 from experiments.tables import FAILS, graded
@@ -28,27 +26,19 @@ def measure(study) -> Iterator[dict]:
     here, there = study.patching(), study.target.patching()
     sets = {"set_a": study.data_name, "set_b": study.target.data_name}
     for b, a in itertools.product(there.args.corruption, here.args.corruption):
-        value = cosine(here.signature(a), there.signature(b))["overall"]
+        value = cosine(here.signature(a), there.signature(b))
         yield {"seed": here.args.seed, "a": a, "b": b, "value": value, **sets}
 
 
-def _matrix(rows: list[dict]) -> tuple[list[str], list[str], np.ndarray]:
-    a, b = tables.distinct(rows, "a"), tables.distinct(rows, "b")
-    return a, b, np.array([row["value"] for row in rows]).reshape(len(b), len(a))
-
-
 def table(rows: list[dict], study) -> tables.Table:
-    a, b, values = _matrix(rows)
-    lines = [[name, *(f"{v:.2f}" for v in line)] for name, line in zip(b, values, strict=True)]
-    other = study.target
+    here, other = study.data_name, study.target
     note = f"keep_num {study.method.keep_num}. Lines: {other.data_name}, {other.recipe}. "
-    note += f"Columns: {study.data_name}."
-    return tables.Table([f"{other.data_name} \\ {study.data_name}", *a], lines, note)
+    note += f"Columns: {here}."
+    return tables.matrix(f"{other.data_name} \\ {here}", *tables.pivot(rows, "b", "a"), note)
 
 
 def figure(rows: list[dict], path: Path) -> None:
-    a, b, values = _matrix(rows)
-    plots.heat_map(values, b, a, path, (rows[0]["set_b"], rows[0]["set_a"]))
+    plots.heat_map(*tables.pivot(rows, "b", "a"), path, (rows[0]["set_b"], rows[0]["set_a"]))
 
 
 def verdict(rows: list[dict]) -> tables.Verdict:

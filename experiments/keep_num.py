@@ -26,7 +26,7 @@ def measure(study) -> Iterator[dict]:
 
 
 def table(rows: list[dict], study) -> tables.Table:
-    return tables.accuracies(rows, label=tables.knob("keep_num"))
+    return tables.accuracies(rows, label=tables.knob("keep_num", "keep_num"))
 
 
 def figure(rows: list[dict], path: Path) -> None:

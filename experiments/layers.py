@@ -13,7 +13,6 @@ from experiments import plots, tables
 from experiments.tables import graded
 from models.layers import depth_order
 from utils.checkpoint import read_state_dict
-from utils.sources import find_robust
 
 CLAIM = "Robust and standard weights differ mostly in the shallow layers."
 RULE = (
@@ -27,8 +26,7 @@ def measure(study) -> Iterator[dict]:
     first = read_state_dict(study.standard(study.args.seeds[0]))
     for seed, names in study.seeds:
         standard = read_state_dict(study.standard(seed))
-        paths = {name: find_robust(study.robust_root(seed), name) for name in names}
-        others = {name: read_state_dict(path) for name, path in paths.items()}
+        others = {name: read_state_dict(study.robust_job(seed, [name]).best) for name in names}
         if seed != study.args.seeds[0]:
             others[CONTROL] = first
         for name, state in others.items():
@@ -38,29 +36,19 @@ def measure(study) -> Iterator[dict]:
                 yield {"seed": seed, "corruption": name, "layer": i, "value": value}
 
 
-def _means(rows: list[dict]) -> dict[str, list[float]]:
-    """Corruption → the difference in each layer, mean over seeds."""
-    places = sorted(tables.distinct(rows, "layer"))
-    return {
-        c: [fmean(r["value"] for r in tables.select(rows, corruption=c, layer=i)) for i in places]
-        for c in tables.distinct(rows, "corruption")
-    }
-
-
 def table(rows: list[dict], study) -> tables.Table:
-    places = sorted(tables.distinct(rows, "layer"))
-    lines = [[name, *(f"{value:.3f}" for value in each)] for name, each in _means(rows).items()]
+    layers, means = tables.pivot(rows, "corruption", "layer")
     note = "Relative difference, mean over the seeds that have the corruption."
-    return tables.Table(["corruption", *(f"layer {i}" for i in places)], lines, note)
+    return tables.matrix("corruption", [f"layer {i}" for i in layers], means, note, digits=3)
 
 
 def figure(rows: list[dict], path: Path) -> None:
     labels = ("layer, shallowest first", "‖θ_c − θ_std‖ / ‖θ_std‖")
-    plots.curves(_means(rows), sorted(tables.distinct(rows, "layer")), labels, path, CONTROL)
+    plots.curves(*tables.pivot(rows, "corruption", "layer"), labels, path, CONTROL)
 
 
 def verdict(rows: list[dict]) -> tables.Verdict:
-    means = _means(rows)
+    _, means = tables.pivot(rows, "corruption", "layer")
     control = means.pop(CONTROL, None)
     depth = len(next(iter(means.values())))
     third = max(1, depth // 3)

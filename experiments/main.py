@@ -30,7 +30,7 @@ def measure(study) -> Iterator[dict]:
         names, full = run.args.corruption, study.full_copy(run)
         union = None
         if run.args.seed in study.union_seeds:
-            union = run.other(study.robust_model(run.args.seed, names), names)
+            union = run.other(study.robust_job(run.args.seed, names).best, names)
         for name in names:
             for row in study.bounds(run, name):
                 yield row | {"bytes": full if row["model"] == ROBUST else 0}
@@ -50,15 +50,13 @@ def _label(row: dict) -> tuple[str]:
 def table(rows: list[dict], study) -> tables.Table:
     n = len(tables.distinct(rows, "corruption"))
 
-    def size(of_line: list[dict]) -> float:
-        return fmean(row["bytes"] for row in of_line) / 1e6
+    def megabytes(of_line: list[dict], times: int = 1) -> str:
+        return f"{times * tables.mean(of_line, 'bytes') / 1e6:.2f}"
 
-    extra = {
-        "MB each": lambda of_line: f"{size(of_line):.2f}",
-        f"MB for {n}": lambda of_line: (
-            f"{size(of_line) * (1 if of_line[0]['model'] == UNION else n):.2f}"
-        ),
-    }
+    def for_all(of_line: list[dict]) -> str:
+        return megabytes(of_line, 1 if of_line[0]["model"] == UNION else n)
+
+    extra = {"MB each": megabytes, f"MB for {n}": for_all}
     made = tables.accuracies(rows, label=_label, extra=extra)
     made.note = (
         f"keep_num {study.method.keep_num}. MB on disk beside the standard model, for one "
@@ -73,19 +71,16 @@ def figure(rows: list[dict], path: Path) -> None:
 
 
 def verdict(rows: list[dict]) -> tables.Verdict:
-    whole = tables.whole_seeds(rows)
-    rows = [row for row in rows if row["seed"] in whole]
-    patched = tables.select(rows, model=PATCHED, bits=32)
-    each = tables.shares(rows, patched)
+    rows = [row for of_seed in tables.whole_seeds(rows) for row in of_seed if row.get("bits") != 4]
+    each = tables.shares(rows, tables.select(rows, model=PATCHED))
     if not each:
         return tables.NO_GAIN
 
-    def mean(key: str, model: str) -> float:
-        return fmean(row[key] for row in tables.select(rows, model=model))
+    def mean(measure: str, model: str) -> float:
+        return tables.mean(rows, measure, model=model)
 
-    ta = fmean(row["TA"] for row in patched)
-    fall = mean("TA", STANDARD) - ta
-    smaller = mean("bytes", ROBUST) / fmean(row["bytes"] for row in patched)
+    fall = mean("TA", STANDARD) - mean("TA", PATCHED)
+    smaller = mean("bytes", ROBUST) / mean("bytes", PATCHED)
     words = (
         f"patches recover {fmean(each):.0f} % of the robust models' gain in RA on average "
         f"({min(each):.0f} to {max(each):.0f} %), at 1/{smaller:.0f} of their size in float32; "
@@ -98,8 +93,7 @@ def verdict(rows: list[dict]) -> tables.Verdict:
             f"{fmean(tables.shares(rows, alone)):.0f} % of the gain with no signature at all"
         )
     if tables.select(rows, model=UNION):
-        ra = fmean(row["RA"] for row in patched)
-        words += f"; {UNION}: RA {mean('RA', UNION):.1f}, TA {mean('TA', UNION):.1f}"
-        words += f"; patches: RA {ra:.1f}, TA {ta:.1f}"
+        for name, model in ((UNION, UNION), ("patches", PATCHED)):
+            words += f"; {name}: RA {mean('RA', model):.1f}, TA {mean('TA', model):.1f}"
     grade = tables.graded(fmean(each), 80, 50)
     return (PARTLY if grade == HOLDS and fall > 5 else grade), words

@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import numpy as np
 from cycler import cycler
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from scipy.cluster import hierarchy
@@ -24,7 +25,7 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from experiments import tables
-from experiments.tables import BATCHNORM_ONLY, PATCHED, ROBUST, STANDARD
+from experiments.tables import BATCHNORM_ONLY, PATCHED, ROBUST, STANDARD, Label
 from utils.files import replacing
 
 GREY, BLUE, ORANGE = "#999999", "#0072B2", "#E69F00"
@@ -49,18 +50,28 @@ def save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def panels(titles: Sequence[str], width: float, height: float):
-    """A figure with an axis per title, three in a row, each `width` × `height` inches."""
-    rows, columns = -(-len(titles) // 3), min(3, len(titles))
-    size = (width * columns, height * rows)
-    figure, grid = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
-    axes = grid.flatten()
-    for axis, title in itertools.zip_longest(axes, titles):
-        axis.set(title=title) if title else axis.set_axis_off()
-    return figure, axes[: len(titles)]
+def panels(
+    rows: Sequence[dict], draw: Callable[[Axes, list[dict]], None], label: str, path: Path
+) -> None:
+    """A panel per corruption, three side by side, by `draw`, which is told an axis and its rows.
+
+    label: of the vertical axes.
+    """
+    names = tables.distinct(rows, "corruption")
+    down, across = -(-len(names) // 3), min(3, len(names))
+    size = (4 * across, 3.2 * down)
+    figure, axes = plt.subplots(down, across, figsize=size, sharey=True, squeeze=False)
+    for axis, name in itertools.zip_longest(axes.flat, names):
+        if name is None:
+            axis.set_axis_off()
+            continue
+        draw(axis, tables.select(rows, corruption=name))
+        axis.set(title=name, ylabel=label if axis in axes[:, 0] else "")
+    legend_below(figure, axes[0, 0], ncols=3)
+    save(figure, path)
 
 
-def legend_below(figure: Figure, axis, ncols: int = 3) -> None:
+def legend_below(figure: Figure, axis: Axes, ncols: int) -> None:
     """The legend of `axis` under the whole figure."""
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=ncols)
@@ -71,49 +82,39 @@ def accuracy_panels(rows: Sequence[dict], over: str, label: str, path: Path) -> 
 
     Rows with the same `over` are seeds: their mean is drawn, their range as a bar.
     """
-    names = tables.distinct(rows, "corruption")
-    figure, axes = panels(names, 3.6, 3.0)
-    for axis, name in zip(axes, names, strict=True):
-        of_name = [row for row in tables.select(rows, corruption=name) if "RA" in row]
-        patched = tables.select(of_name, model=PATCHED)
+
+    def draw(axis: Axes, rows: list[dict]) -> None:
+        patched = tables.select(rows, model=PATCHED)
         xs = sorted(tables.distinct(patched, over))
         for measure, colour, marker in (("RA", BLUE, "o"), ("TA", ORANGE, "s")):
-            at = [[row[measure] for row in patched if row[over] == x] for x in xs]
+            at = [[row[measure] for row in tables.select(patched, **{over: x})] for x in xs]
             means = np.array([fmean(values) for values in at])
             ends = means - [min(v) for v in at], [max(v) for v in at] - means
             look = {"color": colour, "marker": marker, "linestyle": "-"}
             axis.errorbar(xs, means, yerr=ends, label=f"patched, {measure}", **look)
             for model, style in ((STANDARD, ":"), (BATCHNORM_ONLY, "-."), (ROBUST, "--")):
-                if level := [row[measure] for row in tables.select(of_name, model=model)]:
+                if level := tables.select(rows, model=model):
                     look = {"color": colour, "linestyle": style, "linewidth": 1}
-                    axis.axhline(fmean(level), label=f"{model}, {measure}", **look)
-        axis.set(xlabel=label, ylabel="test accuracy, %" if axis in axes[::3] else "")
+                    axis.axhline(tables.mean(level, measure), label=f"{model}, {measure}", **look)
+        axis.set_xlabel(label)
         if all(isinstance(x, int) for x in xs) and len(xs) <= 14:
             axis.set_xticks(xs)
-    legend_below(figure, axes[0])
-    save(figure, path)
+
+    panels(rows, draw, "test accuracy, %", path)
 
 
-def accuracy_bars(
-    rows: Sequence[dict],
-    path: Path,
-    label: Callable[[dict], tuple[str]] = lambda row: (row["model"],),
-) -> None:
+def accuracy_bars(rows: Sequence[dict], path: Path, label: Label = tables.by_model) -> None:
     """RA of every line of a table (`tables.accuracies`): the mean, and each corruption."""
-    values: dict[str, dict[str, list[float]]] = {}
-    for (line,) in dict.fromkeys(map(label, rows)):
-        of_line = [row for row in rows if label(row) == (line,)]
-        whole = [tables.select(of_line, seed=seed) for seed in tables.whole_seeds(of_line)]
-        groups = {"all": [fmean(row["RA"] for row in of_seed) for of_seed in whole]}
-        for name in tables.distinct(of_line, "corruption"):
-            groups[name] = [row["RA"] for row in tables.select(of_line, corruption=name)]
-        for group, each in groups.items():
-            values.setdefault(group, {})[line] = each
-    bars(values, "RA, %", path)
+    shown = [row | {"group": name} for row in rows for name in ("all", row["corruption"])]
+    bars(shown, lambda row: (row["group"], *label(row)), "RA, %", path)
 
 
-def bars(groups: Mapping[str, Mapping[str, list[float]]], label: str, path: Path) -> None:
-    """Bars side by side for each group: group → series → values, drawn as mean ± sd."""
+def bars(rows: Sequence[dict], label: Label, axis_label: str, path: Path) -> None:
+    """Mean RA ± sd over the seeds that are whole; `label` gives the group of bars and the bar."""
+    groups: dict[str, dict[str, list[float]]] = {}
+    for (group, name), each in tables.grouped(rows, label).items():
+        whole = tables.whole_seeds(each)
+        groups.setdefault(group, {})[name] = [tables.mean(of_seed, "RA") for of_seed in whole]
     series = list(dict.fromkeys(name for values in groups.values() for name in values))
     width = 0.84 / len(series)
     inches = min(14.0, max(6.0, 0.16 * len(series) * len(groups) + 2))
@@ -126,7 +127,7 @@ def bars(groups: Mapping[str, Mapping[str, list[float]]], label: str, path: Path
         look = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": name}
         axis.bar(places, [fmean(v) for v in each.values()], width * 0.95, yerr=sd, **look)
     axis.set_xticks(range(len(groups)), list(groups), rotation=20 if inches > 8 else 0)
-    axis.set_ylabel(label)
+    axis.set_ylabel(axis_label)
     entry = 0.07 * max(map(len, series)) + 0.5  # inches
     legend_below(figure, axis, max(1, min(len(series), int(inches / entry))))
     save(figure, path)
@@ -143,8 +144,8 @@ def samples(strips: Mapping[str, Tensor], path: Path) -> None:
 
 
 def curves(
-    lines: Mapping[str, Sequence[float]],
     xs: Sequence[object],
+    lines: Mapping[str, Sequence[float]],
     labels: tuple[str, str],
     path: Path,
     control: str | None = None,
@@ -162,18 +163,18 @@ def curves(
 
 
 def heat_map(
-    values: np.ndarray,
-    rows: Sequence[str],
     columns: Sequence[str],
+    lines: Mapping[str, Sequence[float]],
     path: Path,
     axes_names: tuple[str, str] = ("", ""),
     groups: Sequence[str] = (),
 ) -> None:
-    """A matrix of cosines with its values written in, colours symmetric about 0.
+    """Cosines (`tables.pivot`) with their values written in, colours symmetric about 0.
 
-    groups: of the rows and columns of a square matrix; lines are drawn between them. A square
+    groups: of the lines and columns of a square matrix; a rule is drawn between them. A square
     matrix of three or more also gets the tree of average linkage over 1 − cosine beside it.
     """
+    rows, values = list(lines), np.array(list(lines.values()))
     square = bool(groups) and len(rows) > 2
     size = (0.62 * max(len(rows), len(columns)) + (5 if square else 3.5), 0.53 * len(rows) + 1.7)
     figure, (axis, tree) = plt.subplots(1, 2, figsize=size, width_ratios=[size[0] - 3, 2.6])
@@ -195,7 +196,7 @@ def heat_map(
         np.fill_diagonal(distances, 0)
         linkage = hierarchy.linkage(squareform(distances, checks=False), "average")
         look = {"orientation": "right", "color_threshold": 0, "leaf_font_size": 8, "ax": tree}
-        hierarchy.dendrogram(linkage, labels=list(rows), **look)
+        hierarchy.dendrogram(linkage, labels=rows, **look)
         tree.set_xlabel("1 − cosine")
     else:
         tree.remove()
@@ -212,31 +213,26 @@ def storage(rows: Sequence[dict], path: Path) -> None:
 
     A panel per corruption; seeds are averaged.
     """
-    names = tables.distinct(rows, "corruption")
-    figure, axes = panels(names, 4.2, 3.4)
 
-    def mean_of(rows: Sequence[dict]) -> tuple[float, float]:
-        return fmean(row["bytes"] for row in rows), fmean(row["RA"] for row in rows)
+    def place(rows: Sequence[dict], **knobs: object) -> tuple[float, float]:
+        return tables.mean(rows, "bytes", **knobs), tables.mean(rows, "RA", **knobs)
 
-    for axis, name in zip(axes, names, strict=True):
-        of_name = tables.select(rows, corruption=name)
-        patched = tables.select(of_name, model=PATCHED)
-        frontier = []
+    def draw(axis: Axes, rows: list[dict]) -> None:
+        patched, frontier = tables.select(rows, model=PATCHED), []
         for bits in sorted(tables.distinct(patched, "bits"), reverse=True):
             of_bits = tables.select(patched, bits=bits)
             ks = sorted(tables.distinct(of_bits, "keep_num"))
-            line = [mean_of(tables.select(of_bits, keep_num=k)) for k in ks]
+            line = [place(of_bits, keep_num=k) for k in ks]
             axis.plot(*zip(*line, strict=True), label=bits_words(bits))
             frontier += line
-        best = np.maximum.accumulate([ra for _, ra in sorted(frontier)])
+        sizes, ras = zip(*sorted(frontier), strict=True)
         look = {"color": "black", "linewidth": 0.8, "linestyle": ":", "marker": ""}
-        sizes = sorted(size for size, _ in frontier)
-        axis.step(sizes, best, where="post", label="best at most so many bytes", **look)
-        full = mean_of(tables.select(of_name, model=ROBUST))
+        look |= {"where": "post", "label": "best at most so many bytes"}
+        axis.step(sizes, np.maximum.accumulate(ras), **look)
+        full = place(rows, model=ROBUST)
         axis.plot(*full, "*", color="black", markersize=9, label="full copy")
-        standard = mean_of(tables.select(of_name, model=STANDARD))[1]
-        axis.axhline(standard, color=GREY, linestyle="--", linewidth=1, label="standard model")
+        look = {"color": GREY, "linestyle": "--", "linewidth": 1, "label": "standard model"}
+        axis.axhline(tables.mean(rows, "RA", model=STANDARD), **look)
         axis.set(xscale="log", xlabel="bytes on disk per corruption")
-        axis.set_ylabel("RA, %" if axis in axes[::3] else "")
-    legend_below(figure, axes[0], 4)
-    save(figure, path)
+
+    panels(rows, draw, "RA, %", path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean
 
 from experiments import plots, tables
 from experiments.tables import FAILS, HOLDS, PARTLY, PATCHED, ROBUST
@@ -40,13 +39,12 @@ def table(rows: list[dict], study) -> tables.Table:
             return (row["model"],)
         return (f"keep_num {row['keep_num']}, " + plots.bits_words(row["bits"]),)
 
-    def size(of_line: list[dict]) -> float:
-        return fmean(row["bytes"] for row in of_line)
+    def part(of_line: list[dict]) -> str | None:
+        size = tables.mean(of_line, "bytes")
+        return f"1/{full / size:,.0f}" if size else None
 
-    extra = {
-        "bytes": lambda of_line: f"{size(of_line):,.0f}",
-        "of a full copy": lambda of_line: f"1/{full / s:,.0f}" if (s := size(of_line)) else None,
-    }
+    extra = {"bytes": lambda of_line: f"{tables.mean(of_line, 'bytes'):,.0f}"}
+    extra["of a full copy"] = part
     made = tables.accuracies(rows, ["signature"], label, extra)
     ranges = "output channel" if study.method.per_channel else "tensor"
     made.note = f"Levels: {study.method.scheme}, a range per {ranges}."
@@ -60,16 +58,13 @@ def figure(rows: list[dict], path: Path) -> None:
 def verdict(rows: list[dict]) -> tables.Verdict:
     patched = tables.select(rows, model=PATCHED)
     k = min(tables.distinct(patched, "keep_num"), key=lambda k: abs(k - Method.keep_num))
-    forms = {
-        b: tables.select(patched, keep_num=k, bits=b) for b in tables.distinct(patched, "bits")
-    }
-    ra = {bits: fmean(row["RA"] for row in of_form) for bits, of_form in forms.items()}
+    patched = tables.select(patched, keep_num=k)
+    ra = {b: tables.mean(patched, "RA", bits=b) for b in tables.distinct(patched, "bits")}
     fit = [bits for bits in ra if bits < 32 and ra[bits] >= ra[32] - 1]
     if not fit:
         return FAILS, f"every quantized form loses more than 1 point of RA below {ra[32]:.1f}"
     smallest = min(fit)
-    full = max(row["bytes"] for row in rows)
-    ratio = full / fmean(row["bytes"] for row in forms[smallest])
+    ratio = max(row["bytes"] for row in rows) / tables.mean(patched, "bytes", bits=smallest)
     words = (
         f"{k} layers at {smallest} bits a value take 1/{ratio:.0f} of a full copy, "
         f"RA {ra[smallest]:.1f} against {ra[32]:.1f} in float32"

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 import torch
 
 from datasets.corruptions import FAMILIES
@@ -23,26 +22,17 @@ RULE = (
 )
 
 
-def cosine(a: RobustWeightSignature, b: RobustWeightSignature) -> dict[str, float]:
-    """Cosine between two signatures: per state-dict key both hold, and "overall" (all of them).
+def cosine(a: RobustWeightSignature, b: RobustWeightSignature) -> float:
+    """Cosine between two signatures over all keys that both hold; 0 where one of them is zero.
 
-    A zero tensor has cosine 0 with everything. Raises InputError when they share no key.
+    Raises InputError when they share no key, as random layers may.
     """
     keys = [key for key in a.tensors if key in b.tensors]
     if not keys:
         raise InputError(f"signatures of {a.name} and {b.name} have no tensor in common")
-    products = {}
-    for key in keys:
-        x, y = (s.tensors[key].flatten().double().cpu() for s in (a, b))
-        if x.shape != y.shape:
-            raise InputError(f"signatures of {a.name} and {b.name} differ in the shape of {key}")
-        products[key] = torch.stack([x @ y, x @ x, y @ y])
-    products["overall"] = torch.stack(list(products.values())).sum(0)
-    return {key: _cosine(*p.tolist()) for key, p in products.items()}
-
-
-def _cosine(xy: float, xx: float, yy: float) -> float:
-    return xy / (xx * yy) ** 0.5 if xx > 0 and yy > 0 else 0.0
+    x, y = (torch.cat([s.tensors[key].flatten() for key in keys]).double() for s in (a, b))
+    norms = (x.norm() * y.norm()).item()
+    return (x @ y).item() / norms if norms > 0 else 0.0
 
 
 def measure(study) -> Iterator[dict]:
@@ -54,22 +44,21 @@ def measure(study) -> Iterator[dict]:
     order = list(dict.fromkeys(FAMILIES.values()))
     names = sorted(of_seed[first], key=lambda name: order.index(FAMILIES[name]))
     for a, b in itertools.combinations_with_replacement(names, 2):
-        value = cosine(of_seed[first][a], of_seed[first][b])["overall"]
+        value = cosine(of_seed[first][a], of_seed[first][b])
         yield {"seed": first, "a": a, "b": b, "value": value}
     for seed, signatures in of_seed.items():
         others = [of_seed[s] for s in of_seed if s != seed]
         means = {c: sum(o[c] for o in others if c in o) for o in others for c in o}
         for name, signature in signatures.items():
             if name in means and len(means) > 1:
-                near = {c: cosine(signature, mean)["overall"] for c, mean in means.items()}
+                near = {c: cosine(signature, mean) for c, mean in means.items()}
                 best = max(near, key=near.get)
                 yield {"seed": seed, "corruption": name, "named": best, "value": near[best]}
 
 
-def _matrix(rows: list[dict]) -> tuple[list[str], np.ndarray]:
-    pairs = {(row["a"], row["b"]): row["value"] for row in rows if "a" in row}
-    names = list(dict.fromkeys(a for a, _ in pairs))
-    return names, np.array([[pairs.get((a, b)) or pairs[b, a] for b in names] for a in names])
+def _matrix(rows: list[dict]) -> tuple[list[str], dict[str, list[float]]]:
+    pairs = [row for row in rows if "a" in row]
+    return tables.pivot([*pairs, *(r | {"a": r["b"], "b": r["a"]} for r in pairs)], "a", "b")
 
 
 def _right(rows: list[dict]) -> tuple[int, list[dict]]:
@@ -78,18 +67,16 @@ def _right(rows: list[dict]) -> tuple[int, list[dict]]:
 
 
 def table(rows: list[dict], study) -> tables.Table:
-    names, values = _matrix(rows)
-    lines = [[a, *(f"{v:.2f}" for v in line)] for a, line in zip(names, values, strict=True)]
     right, named = _right(rows)
     told = f"{right} of {len(named)} right" if named else "needs a second seed"
     note = f"keep_num {study.method.keep_num}, first seed. "
     note += f"Named by the nearest mean signature of the other seeds: {told}."
-    return tables.Table(["cosine", *names], lines, note)
+    return tables.matrix("cosine", *_matrix(rows), note)
 
 
 def figure(rows: list[dict], path: Path) -> None:
-    names, values = _matrix(rows)
-    plots.heat_map(values, names, names, path, groups=[FAMILIES[name] for name in names])
+    names, lines = _matrix(rows)
+    plots.heat_map(names, lines, path, groups=[FAMILIES[name] for name in names])
 
 
 def verdict(rows: list[dict]) -> tables.Verdict:

@@ -8,9 +8,9 @@ A model is reused by every experiment whose settings name it.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import functools
+import itertools
 import json
 import os
 import queue
@@ -18,8 +18,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +27,7 @@ from types import ModuleType
 import train_corruption
 from datasets.corruptions import CORRUPTIONS
 from experiments.pretrain import make_pretrained
-from experiments.settings import PRESETS, data_tag, recipe
+from experiments.settings import PRESETS, Preset, data_tag, recipe
 from experiments.tables import BATCHNORM_ONLY, ROBUST, STANDARD, Table
 from model_patching import Patching
 from utils import checkpoint as ckpt
@@ -55,12 +55,13 @@ class Job:
     def done(self) -> bool:
         return (self.folder / "results.json").exists()
 
-    def args(self, force: bool = False) -> argparse.Namespace:
-        """What train_corruption.py is told; unless forced it goes on from what is there."""
-        return train_corruption.parse_args(self.command(force))
+    @property
+    def best(self) -> Path:
+        """The checkpoint that validation images choose."""
+        return self.folder / (ckpt.BEST_RA if "corruption" in self.settings else ckpt.BEST_SA)
 
     def command(self, force: bool = False) -> list[str]:
-        """`args` as a command line."""
+        """What train_corruption.py is told; unless forced it goes on from what is there."""
         told = []
         for name, value in self.settings.items():
             if name == "amp" and value is False:
@@ -91,14 +92,12 @@ class Study:
     @property
     def name(self) -> str:
         """Data, architecture and recipe in a folder's name; a preset's recipe by its name."""
-        args, keys = self.args, ("epochs", "lr", "batch_size", "train_images")
-        known = {tuple(getattr(p, k) for k in keys): name for name, p in PRESETS.items()}
-        length = known.get(tuple(getattr(args, k) for k in keys))
-        if length is None:
-            usual = {"lr": 0.01, "batch_size": 128, "train_images": None}
-            other = [f"{k}{getattr(args, k)}" for k in usual if getattr(args, k) != usual[k]]
-            length = "_".join([f"{args.epochs}ep", *other])
-        return f"{self.data_name}_{args.arch}_{length}"
+        args, more = self.args, ("lr", "batch_size", "train_images")
+        for name, preset in PRESETS.items():
+            if all(getattr(preset, k) == getattr(args, k) for k in ("epochs", *more)):
+                return f"{self.data_name}_{args.arch}_{name}"
+        other = [f"{k}{getattr(args, k)}" for k in more if getattr(args, k) != getattr(Preset, k)]
+        return "_".join([self.data_name, args.arch, f"{args.epochs}ep", *other])
 
     def folder(self, seed: int) -> Path:
         """Where the models of a seed are kept."""
@@ -113,15 +112,6 @@ class Study:
         severity = "" if self.args.severity == 5 else f"-severity{self.args.severity}"
         return self.folder(seed) / f"{kind}{severity}"
 
-    def robust_model(self, seed: int, names: Sequence[str]) -> Path:
-        """The checkpoint of θ_c, or of the model trained on the union of several corruptions."""
-        return self.robust_job(seed, names).folder / ckpt.BEST_RA
-
-    @property
-    def updated_model(self) -> Path:
-        """The checkpoint of the updated backbone."""
-        return self.update_job().folder / ckpt.BEST_SA
-
     @property
     def seeds(self) -> list[tuple[int, list[str]]]:
         """Every seed with its corruptions: after the first those of --repeat_corruptions."""
@@ -131,9 +121,8 @@ class Study:
     @property
     def union_seeds(self) -> list[int]:
         """The seeds of which one model is trained on all corruptions."""
-        if not PRESETS[self.args.preset].union:
-            return []
-        return [seed for seed, names in self.seeds if names == self.args.corruptions]
+        every = self.args.corruptions if PRESETS[self.args.preset].union else None
+        return [seed for seed, names in self.seeds if names == every]
 
     @functools.cached_property
     def target(self) -> Study | None:
@@ -182,10 +171,9 @@ class Study:
         """Continue training θ_std of the first seed on clean images: epochs/3 at lr/10."""
         seed = self.args.seeds[0]
         epochs = max(1, self.args.epochs // 3)
-        settings = self._settings(seed + 1000) | {
-            **{"pretrained": str(self.standard(seed)), "keep_head": True},
-            **{"lr": self.args.lr / 10, "epochs": epochs, "decreasing_lr": str(epochs)},
-        }
+        start = {"pretrained": str(self.standard(seed)), "keep_head": True}
+        short = {"lr": self.args.lr / 10, "epochs": epochs, "decreasing_lr": str(epochs)}
+        settings = self._settings(seed + 1000) | start | short
         return Job("θ_std, trained on", self.folder(seed) / "updated", settings, stage=1)
 
     def _settings(self, seed: int) -> dict:
@@ -195,67 +183,62 @@ class Study:
 
     def list_commands(self, jobs: Sequence[Job]) -> None:
         """Print a command line for each model that is missing."""
-        stage = 0
         if self.args.pretrains and not Path(self.args.pretrained).exists():
             own = [arg for arg in self.args.command_line[1:] if arg != "--list"]
             print(shlex.join(["python", "reproduce.py", "pretrain", *own]))
             print("# when that is done:")
-        for job in jobs:
-            if job.stage > stage:
+        for stage, of_stage in itertools.groupby(jobs, key=lambda job: job.stage):
+            if stage > 0:
                 print("# when these are done:")
-                stage = job.stage
-            if self.args.force or not job.done:
-                print(shlex.join(["python", "train_corruption.py", *job.command(self.args.force)]))
+            for job in of_stage:
+                if self.args.force or not job.done:
+                    command = ["python", "train_corruption.py", *job.command(self.args.force)]
+                    print(shlex.join(command))
 
     def train(self, jobs: Sequence[Job]) -> None:
         """Train the models that are missing, on --devices at once if several are named."""
         force, devices = self.args.force, self.args.devices
         if self.args.pretrains:
             make_pretrained(self.args)
-        hashes: dict[str, str] = {}
+        start_hash = functools.cache(
+            lambda file: ckpt.backbone_hash(ckpt.pretrained_state_dict(file, self.args.arch))
+        )
         for job in jobs:
             if job.done and not force:
-                check_same_run(job, hashes)
-        for stage in (0, 1):
-            left = [job for job in jobs if job.stage == stage and (force or not job.done)]
+                check_same_run(job, start_hash)
+        for _, of_stage in itertools.groupby(jobs, key=lambda job: job.stage):
+            left = [job for job in of_stage if force or not job.done]
             if len(devices) > 1:
                 train_on(devices, left, force)
                 continue
             for i, job in enumerate(left, start=1):
                 print(f"\n[{i}/{len(left)}] {job.title}", flush=True)
-                train_corruption.train(job.args(force))
+                train_corruption.train(train_corruption.parse_args(job.command(force)))
 
     # ---- ready to be patched ---------------------------------------------------------------
 
-    def patching(
-        self,
-        seed: int | None = None,
-        names: Sequence[str] | None = None,
-        target: Path | None = None,
-    ) -> Patching:
-        """The models of a seed (default: the first, with every corruption).
+    def patching(self, seed: int | None = None, target: Path | None = None) -> Patching:
+        """The models of a seed (default: the first), with its corruptions.
 
         target: the checkpoint of another θ_target than θ_std.
         """
         seed = self.args.seeds[0] if seed is None else seed
-        names = tuple(names or self.args.corruptions)
-        if self._ready and self._ready[0] == (seed, names, target):
+        if self._ready and self._ready[0] == (seed, target):
             return self._ready[1]
         args = copy.copy(self.args)
-        args.seed, args.corruption = seed, list(names)
+        args.seed, args.corruption = seed, dict(self.seeds)[seed]
         args.base_model, args.patched_model = self.standard(seed), target
         args.corruption_model_root = self.robust_root(seed)
         args.signature, args.corruption_data, args.test_all_corruptions = [], None, False
         run = Patching(args, self.method, self._kept)
         if target is not None:  # its lineage is another by design, no reason to warn
             run.target.pretrained_hash = None
-        self._ready = ((seed, names, target), run)
+        self._ready = ((seed, target), run)
         return run
 
     def patchings(self) -> Iterator[Patching]:
         """`patching` of every seed."""
-        for seed, names in self.seeds:
-            yield self.patching(seed, names)
+        return map(self.patching, self.args.seeds)
 
     def row(self, run: Patching, name: str, model: str, result: dict, **knobs: object) -> dict:
         """One row of an experiment: `result` of `model` under corruption `name`."""
@@ -294,19 +277,20 @@ class Study:
     @property
     def ablation(self) -> str:
         """What is not the paper's method, in words; how a signature is stored doesn't count."""
-        stored = {name: getattr(Method, name) for name in ("keep_num", "scheme", "per_channel")}
-        return replace(self.method, **stored).words()
+        return replace(self.method.unquantized(), keep_num=Method.keep_num).words()
 
     def write(self, name: str, rows: list[dict], table: Table, out: Path, seconds: float) -> None:
         """Print the table; write it (table.md), every row (table.csv), all about them (.json)."""
-        note = table.note
         text = report.markdown_table(table.columns, table.lines)
-        caption = f"{self.title}. {f'{self.ablation}. ' if self.ablation else ''}{note}"
+        caption = ". ".join([*filter(None, (self.title, self.ablation)), table.note])
         write_text(out / "table.md", f"{text}\n\n{caption}\n")
         report.write_csv(out / "table.csv", rows)
         trained = [self.standard(s).with_name("results.json") for s in self.args.seeds]
         content = {
-            **{"experiment": name, "study": self.title, "ablation": self.ablation, "note": note},
+            "experiment": name,
+            "study": self.title,
+            "ablation": self.ablation,
+            "note": table.note,
             "rows": rows,
             "data": [json.loads(path.read_text(encoding="utf-8"))["data"] for path in trained],
             "seconds": round(seconds, 1),
@@ -317,17 +301,14 @@ class Study:
         print(f"\n{text}\n\n{caption}\n{out}")
 
 
-def check_same_run(job: Job, hashes: dict[str, str]) -> None:
+def check_same_run(job: Job, start_hash: Callable[[str], str]) -> None:
     """Raise InputError when the finished run in the job's folder had other settings.
 
-    hashes: of each θ_pre already read, kept over calls.
+    start_hash: gives the hash of the model that a file holds, where training starts.
     """
-    args = job.args()
-    source = args.pretrained
-    if source not in hashes:
-        hashes[source] = ckpt.backbone_hash(ckpt.pretrained_state_dict(source, args.arch))
+    args = train_corruption.parse_args(job.command())
     saved = ckpt.read(job.folder / ckpt.LAST)
-    wanted = train_corruption.identity(args) | {"pretrained_hash": hashes[source]}
+    wanted = train_corruption.identity(args) | {"pretrained_hash": start_hash(args.pretrained)}
     for name, value in wanted.items():
         if name in saved and saved[name] != value:
             raise InputError(
@@ -366,15 +347,12 @@ def train_on(devices: Sequence[str], jobs: Sequence[Job], force: bool) -> None:
         return f"{job.title}: {last[0]} ({log})" if code else None
 
     with ThreadPoolExecutor(len(devices)) as pool:
-        futures = [pool.submit(work, job) for job in jobs]
         try:
-            failed = [said for future in as_completed(futures) if (said := future.result())]
+            failed = [said for said in pool.map(work, jobs) if said]
         except BaseException:  # interrupted: the next start goes on where the processes are now
-            for future in futures:
-                future.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
             for process in started:
-                with contextlib.suppress(OSError):
-                    process.terminate()
+                process.terminate()
             raise
     if failed:
         raise InputError(f"{len(failed)} of {len(jobs)} models failed: {'; '.join(failed)}")

@@ -1,4 +1,4 @@
-"""From rows to tables and verdicts: pivots, mean ± standard deviation over seeds, shares recovered.
+"""From rows to tables and verdicts: means, with ± standard deviation over seeds, shares recovered.
 
 A row is {"seed", "corruption", "model", "TA", "RA", **knobs}, accuracies in percent; experiments on
 weights have "value" in place of TA and RA.
@@ -19,6 +19,7 @@ BATCHNORM_ONLY = "batch norm re-estimated only"
 
 HOLDS, PARTLY, FAILS = "holds", "holds partly", "does not hold"
 UNTOLD = "cannot be told"
+Label = Callable[[dict], tuple[str, ...]]  # the line of a table that a row belongs to
 Verdict = tuple[str, str]  # one of the four, and in words what was measured
 NO_GAIN: Verdict = (FAILS, "no robust model gains RA here, so there is nothing to recover")
 
@@ -32,6 +33,16 @@ class Table:
     note: str = ""
 
 
+def by_model(row: dict) -> tuple[str]:
+    """The plainest label: the model."""
+    return (row["model"],)
+
+
+def knob(name: str, text: str) -> Label:
+    """A label: the model, with the value of a knob, called `text`, where the row has it."""
+    return lambda row: (f"{row['model']}, {text} {row[name]:g}" if name in row else row["model"],)
+
+
 def select(rows: Iterable[dict], **knobs: object) -> list[dict]:
     """The rows that have these values."""
     return [row for row in rows if all(row.get(k) == v for k, v in knobs.items())]
@@ -40,6 +51,11 @@ def select(rows: Iterable[dict], **knobs: object) -> list[dict]:
 def distinct(rows: Iterable[dict], key: str) -> list:
     """The values of `key`, in order of appearance."""
     return list(dict.fromkeys(row[key] for row in rows if key in row))
+
+
+def mean(rows: Iterable[dict], measure: str, **knobs: object) -> float:
+    """Mean of `measure` ("TA", "RA", "value", …) over the rows that have these values."""
+    return fmean(row[measure] for row in select(rows, **knobs))
 
 
 def spread(values: Iterable[float | None], digits: int = 1) -> str | None:
@@ -51,23 +67,36 @@ def spread(values: Iterable[float | None], digits: int = 1) -> str | None:
     return f"{fmean(values):.{digits}f}{sd}"
 
 
-def pivot(rows: Sequence[dict], index: str, columns: str, digits: int = 2) -> list[list]:
-    """A line for each value of `index`: it, and mean ± sd over seeds of "value" in each column."""
-    lines = []
-    for i in distinct(rows, index):
-        cells = [select(rows, **{index: i, columns: c}) for c in distinct(rows, columns)]
-        lines.append([i, *(spread((row["value"] for row in cell), digits) for cell in cells)])
-    return lines
+def grouped(rows: Iterable[dict], label: Label) -> dict[tuple[str, ...], list[dict]]:
+    """The rows of each label, in order of appearance."""
+    groups: dict[tuple[str, ...], list[dict]] = {}
+    for row in rows:
+        groups.setdefault(label(row), []).append(row)
+    return groups
 
 
-def whole_seeds(rows: Sequence[dict]) -> list[int]:
-    """The seeds that have every corruption."""
-    every = set(distinct(rows, "corruption"))
-    return [
-        s
-        for s in distinct(rows, "seed")
-        if {r["corruption"] for r in select(rows, seed=s)} == every
-    ]
+def pivot(rows: Sequence[dict], index: str, columns: str) -> tuple[list, dict[object, list[float]]]:
+    """The values of `columns`, and for each value of `index` mean "value" under each of them."""
+    heads = distinct(rows, columns)
+    return heads, {
+        i: [mean(rows, "value", **{index: i, columns: c}) for c in heads]
+        for i in distinct(rows, index)
+    }
+
+
+def matrix(
+    corner: str, heads: list, lines: Mapping[str, list[float]], note: str, digits: int = 2
+) -> Table:
+    """What `pivot` gives as a table; corner: head of its first column."""
+    cells = [[name, *(f"{value:.{digits}f}" for value in line)] for name, line in lines.items()]
+    return Table([corner, *heads], cells, note)
+
+
+def whole_seeds(rows: Sequence[dict]) -> list[list[dict]]:
+    """The rows of each seed that has every corruption."""
+    count = len(distinct(rows, "corruption"))
+    of_seeds = [select(rows, seed=seed) for seed in distinct(rows, "seed")]
+    return [of_seed for of_seed in of_seeds if len(distinct(of_seed, "corruption")) == count]
 
 
 def shares(rows: Sequence[dict], of: Iterable[dict]) -> list[float]:
@@ -87,7 +116,7 @@ def shares(rows: Sequence[dict], of: Iterable[dict]) -> list[float]:
 def accuracies(
     rows: Sequence[dict],
     head: Sequence[str] = ("model",),
-    label: Callable[[dict], tuple[str, ...]] = lambda row: (row["model"],),
+    label: Label = by_model,
     extra: Mapping[str, Callable[[list[dict]], object]] | None = None,
     recovers: bool = True,
 ) -> Table:
@@ -96,16 +125,19 @@ def accuracies(
     head: the names of what `label` gives; extra: further columns behind it, each from the rows of a
     line. Means over corruptions take the seeds that have every corruption of the line.
     """
-    names, extra = distinct(rows, "corruption"), extra or {}
-    lines = []
-    kinds = {label(row): row["model"] for row in rows}
-    cases = list(dict.fromkeys(key[:-1] for key in kinds))
-    # Of each case the upper bound comes last.
-    for key in sorted(kinds, key=lambda key: (cases.index(key[:-1]), kinds[key] == ROBUST)):
-        of_line = [row for row in rows if label(row) == key]
-        whole = [select(of_line, seed=seed) for seed in whole_seeds(of_line)]
+    names, extra, lines = distinct(rows, "corruption"), extra or {}, []
+    of_label = grouped(rows, label)
+    cases = list(dict.fromkeys(key[:-1] for key in of_label))
+
+    def place(key: tuple[str, ...]) -> tuple[int, bool]:
+        """Cases in order; of each the upper bound comes last."""
+        return cases.index(key[:-1]), of_label[key][0]["model"] == ROBUST
+
+    for key in sorted(of_label, key=place):
+        of_line = of_label[key]
+        whole = whole_seeds(of_line)
         line = [*key, *(cell(of_line) for cell in extra.values())]
-        line += [spread(fmean(r[m] for r in of_seed) for of_seed in whole) for m in ("TA", "RA")]
+        line += [spread(mean(of_seed, m) for of_seed in whole) for m in ("TA", "RA")]
         if recovers:
             bound = of_line[0]["model"] in (STANDARD, ROBUST)
             each = [] if bound else [shares(rows, of_seed) for of_seed in whole]
@@ -114,12 +146,6 @@ def accuracies(
         lines.append(line)
     columns = [*head, *extra, "TA, %", "RA, %", *(["recovered, %"] if recovers else [])]
     return Table([*columns, *(f"RA {c}, %" for c in names)], lines)
-
-
-def knob(name: str, text: str = "") -> Callable[[dict], tuple[str]]:
-    """A label for `accuracies`: the model, with the value of a knob where the row has it."""
-    text = text or name
-    return lambda row: (f"{row['model']}, {text} {row[name]:g}" if name in row else row["model"],)
 
 
 def graded(share: float, holds: float, partly: float) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean
 
 from experiments import plots, tables
 from experiments.tables import BATCHNORM_ONLY, HOLDS, PARTLY, PATCHED, ROBUST, STANDARD, graded
@@ -27,7 +26,7 @@ def jobs(study) -> list:
 def measure(study) -> Iterator[dict]:
     here = study.patching()
     cases = [(ORIGINAL, here, here.args.corruption)]
-    cases.append((UPDATED, study.patching(target=study.updated_model), here.args.corruption))
+    cases.append((UPDATED, study.patching(target=study.update_job().best), here.args.corruption))
     if study.target:
         there = study.target.patching()
         both = [name for name in there.args.corruption if name in here.args.corruption]
@@ -60,16 +59,12 @@ def table(rows: list[dict], study) -> tables.Table:
 
 
 def figure(rows: list[dict], path: Path) -> None:
-    shown: dict[str, dict[str, list[float]]] = {}
-    for case, model in dict.fromkeys(map(_label, rows)):
-        ra = fmean(row["RA"] for row in rows if _label(row) == (case, model))
-        shown.setdefault(case, {})[model] = [ra]
-    plots.bars(shown, "RA, mean over corruptions, %", path)
+    plots.bars(rows, _label, "RA, mean over corruptions, %", path)
 
 
 def verdict(rows: list[dict]) -> tables.Verdict:
     def ra(case: str, model: str, **knobs: str) -> float:
-        return fmean(row["RA"] for row in tables.select(rows, case=case, model=model, **knobs))
+        return tables.mean(rows, "RA", case=case, model=model, **knobs)
 
     shares, words = [], []
     for case in tables.distinct(rows, "case"):
