@@ -2,16 +2,10 @@
 
     python benchmark.py train --data data/cifar10      # ours, the ceiling, the classic way
     python benchmark.py evaluate --dataset synthetic --arch resnet50 --device cuda
-    python benchmark.py loader --dataset tinyimagenet --data data/tiny-imagenet-200
-    python benchmark.py corruptions --device cuda --size 64
     python benchmark.py signature                      # patch, project, store
-    python benchmark.py resample --data data/cifar10   # corruptions drawn anew in every epoch
-    python benchmark.py accuracy                       # ours and the classic way learn the same
 
-The ways of a comparison take turns, a window of time each, so that whatever else the machine does
-slows them alike. The table has the median over the windows, their spread (largest less smallest)
-and speeds relative to the best of a group; results.json in --out also has each window's seconds.
-
+The ways of a comparison take turns, a window of time each. The table has the median over the
+windows, their spread (largest less smallest) and speeds relative to the best of a group.
 ours: a BatchLoader and fused SGD, in each arithmetic and memory format; one is the default here.
 ceiling: the same step on one batch that stays on the device; what ours lacks to it, batches cost.
 classic: Pillow image by image in a DataLoader, from decoded images and with workers that stay up;
@@ -96,22 +90,19 @@ def compare_epochs(
 
     Ours in every arithmetic and memory format; "default" is what the scripts choose here.
     """
-    images, labels = next(iter(batches))
-    default = engine.use_amp(device, args.amp)
-    chosen = default, engine.memory_format(device, default)
-    # Emulated, a batch takes minutes.
-    slow = "no bf16" in engine.bf16_gain(device.type)[1]
+    chosen = (amp := engine.use_amp(device, args.amp)), engine.memory_format(device, amp)
+    slow = "no bf16" in engine.bf16_gain(device.type)[1]  # it would be emulated
     amps = (args.amp,) if args.amp is not None else (False,) if slow else (False, True)
     ways = {}
     for amp, layout in itertools.product(amps, (torch.contiguous_format, torch.channels_last)):
         name = f"ours, {'bf16' if amp else 'float32'} {engine.layout_words(layout)}"
         name += ", default" if (amp, layout) == chosen else ""
         ways[name] = ours(batches, amp, layout)
-    first = images.contiguous(memory_format=chosen[1]), labels
+    first = next(iter(batches))
     ways["ceiling"] = ours([first] * len(batches), *chosen)
     ways |= classic
     handled = dict.fromkeys(ways, sum(map(batches.whole_batch, range(len(batches)))))
-    handled["ceiling"] = len(batches) * len(labels)
+    handled["ceiling"] = len(batches) * len(first[1])
     yield from compare(args, {"model": args.arch}, ways, handled)
 
 
@@ -121,8 +112,7 @@ def load_images(args: Namespace, split: str = "train") -> ImageSet:
 
 def new_model(args: Namespace, images: ImageSet, seed: int = 0) -> nn.Module:
     """Random weights from `seed`. Raises InputError for images too small for --arch."""
-    side = images.images.shape[-1]
-    if args.arch in VGGS and side < MIN_SIDE:
+    if args.arch in VGGS and (side := images.images.shape[-1]) < MIN_SIDE:
         raise InputError(f"--arch {args.arch}: needs --image_size {MIN_SIDE} or more, not {side}")
     torch.manual_seed(seed)
     return build_model(args.arch, len(images.classes), *normalization(images.name, images))
@@ -132,9 +122,8 @@ def our_training(
     start: nn.Module, device: torch.device, batches: Iterable, amp: bool, layout: object = None
 ) -> Callable:
     """An epoch of training as train_corruption.py does it, of a copy of `start`."""
-    model = engine.to_device(copy.deepcopy(start), device, amp)
-    if layout is not None:  # another memory format than the scripts choose
-        model.to(memory_format=layout)
+    layout = layout or engine.memory_format(device, amp)
+    model = engine.to_device(copy.deepcopy(start), device, amp).to(memory_format=layout)
     optimizer = engine.sgd(model, TINY_LR)
     step = engine.TrainStep(model, optimizer, amp=amp)
     return partial(engine.train_epoch, model, batches, optimizer, amp=amp, step=step)

@@ -152,13 +152,13 @@ def is_finished(args: argparse.Namespace, place: str, settings: dict) -> bool:
     other = next((key for key in settings if made.get(key) != settings[key]), None)
     if other and not args.overwrite:
         how = f"made with {other} {made.get(other)}, not {settings[other]}"
-        raise refusal(path, how if made else "not made by this script")
+        how = how if made else "not made by this script"
+        raise refusal(f"{path} is there already, {how}")
     return not other
 
 
-def refusal(path: Path, how: str) -> InputError:
-    """The error for an output that is there, made `how`, and may not be replaced."""
-    what = f"{path} is there already, {how}"
+def refusal(what: str) -> InputError:
+    """The error for an output that is there and may not be replaced."""
     return InputError(f"{what}: give another --out, or --overwrite to replace it")
 
 
@@ -293,7 +293,7 @@ def write_labels(path: Path, clean: ImageSet, copies: int, overwrite: bool) -> N
     with contextlib.suppress(Exception):  # whatever NumPy's parser meets in a damaged file
         same = np.array_equal(np.load(path, allow_pickle=False), labels)
     if path.exists() and not same and not overwrite:
-        raise refusal(path, f"with other labels than {clean.name}")
+        raise refusal(f"{path} is there already and holds other labels than {clean.name}")
     if not same:
         with replacing(path) as temporary:
             np.save(temporary, labels)

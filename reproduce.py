@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import EXPERIMENTS, plots, report, settings
-from experiments.pretrain import make_pretrained
 from experiments.study import Study
 from utils import arguments
 from utils.errors import InputError, script_errors
@@ -86,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.experiment == "pretrain":
             if not args.pretrains:
                 raise InputError("nothing to pretrain: name --pretrain_classes")
-            make_pretrained(args)
+            study.train([])
             print(args.pretrained)
             return
         names = [args.experiment] if args.experiment != "all" else list(EXPERIMENTS)

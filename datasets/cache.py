@@ -91,7 +91,9 @@ def read_image(path: str | os.PathLike, image_size: int | None = None) -> Image.
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}×{image.height} pixels, more than {MAX_PIXELS:,}")
+                raise ValueError(
+                    f"{image.width}×{image.height} pixels, the limit is {MAX_PIXELS:,}"
+                )
             rgb = image.convert("RGB")
     # Decoders meet damaged files with anything from OSError to struct.error and IndexError.
     except Exception as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,8 +24,10 @@ from utils.engine import TrainStep, choose_device, sgd, to_device, train_epoch, 
 from utils.files import hold
 
 
-def make_pretrained(args: argparse.Namespace) -> None:
+def make_pretrained(args: argparse.Namespace, time_left: Callable[[int], str]) -> None:
     """Train θ_pre into args.pretrained, unless it is there and not to be redone.
+
+    time_left: of all that is to be trained, in words, from the number of epochs done.
 
     Of several processes that want it one trains, the others wait for it.
     """
@@ -35,7 +38,7 @@ def make_pretrained(args: argparse.Namespace) -> None:
         images = pretraining_images(args)
         count = f"{len(images):,} images of {len(images.classes)} other classes"
         print(f"θ_pre: {args.arch} on {count}", flush=True)
-        pretrain(args, images, path)
+        pretrain(args, images, path, time_left)
 
 
 def pretraining_images(args: argparse.Namespace) -> ImageSet:
@@ -47,7 +50,9 @@ def pretraining_images(args: argparse.Namespace) -> ImageSet:
     return spaced(synthetic.load("pretrain", args.image_size), args.train_images)
 
 
-def pretrain(args: argparse.Namespace, images: ImageSet, path: Path) -> None:
+def pretrain(
+    args: argparse.Namespace, images: ImageSet, path: Path, time_left: Callable[[int], str]
+) -> None:
     """Train args.arch from random weights on `images` and write θ_pre to `path`.
 
     SGD, momentum 0.9, weight decay 5e-4, batch 64, one cycle up to lr 0.05. A VGG trains with
@@ -80,7 +85,8 @@ def pretrain(args: argparse.Namespace, images: ImageSet, path: Path) -> None:
         stats = train_epoch(
             model, loader, optimizer, amp=amp, title=title, schedule=schedule, step=step
         )
-        print(f"{title}  loss {stats.loss:.4f}  train {stats.accuracy:.2f}", flush=True)
+        told = f"loss {stats.loss:.4f}  train {stats.accuracy:.2f}  {time_left(epoch)}"
+        print(f"{title}  {told}", flush=True)
         state = {name: part.state_dict() for name, part in parts.items()}
         ckpt.save(settings | state, unfinished)
     if arch in VGGS:

@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -197,23 +198,38 @@ class Study:
 
     def train(self, jobs: Sequence[Job]) -> None:
         """Train the models that are missing, on --devices at once if several are named."""
-        force, devices = self.args.force, self.args.devices
+        force, devices, start = self.args.force, self.args.devices, time.perf_counter()
+        missing = [job for job in jobs if force or not job.done]
+        pretrains = self.args.pretrains and (force or not Path(self.args.pretrained).exists())
+        ahead = self.args.pretrain_epochs * pretrains
+        total = ahead + sum(job.settings["epochs"] for job in missing)
+        if total:
+            names = ["θ_pre"] * pretrains + [job.title for job in missing]
+            print(f"to train: {', '.join(names)}; {total} epochs in all", flush=True)
+
+        def time_left(done: int) -> str:
+            """In words, once `done` epochs are through; every one counted alike."""
+            minutes = (time.perf_counter() - start) / done * (total - done) / 60
+            return f"about {minutes:.0f} min left" if minutes > 1.5 else "about a minute left"
+
         if self.args.pretrains:
-            make_pretrained(self.args)
+            make_pretrained(self.args, time_left)
         start_hash = functools.cache(
             lambda file: ckpt.backbone_hash(ckpt.pretrained_state_dict(file, self.args.arch))
         )
         for job in jobs:
-            if job.done and not force:
+            if job not in missing:
                 check_same_run(job, start_hash)
-        for _, of_stage in itertools.groupby(jobs, key=lambda job: job.stage):
-            left = [job for job in of_stage if force or not job.done]
+        for _, of_stage in itertools.groupby(missing, key=lambda job: job.stage):
+            left = list(of_stage)
             if len(devices) > 1:
                 train_on(devices, left, force)
                 continue
             for i, job in enumerate(left, start=1):
-                print(f"\n[{i}/{len(left)}] {job.title}", flush=True)
+                told = f", {time_left(ahead)}" if ahead else ""
+                print(f"\n[{i}/{len(left)}] {job.title}{told}", flush=True)
                 train_corruption.train(train_corruption.parse_args(job.command(force)))
+                ahead += job.settings["epochs"]
 
     # ---- ready to be patched ---------------------------------------------------------------
 

@@ -252,7 +252,7 @@ def test_unreadable_image_is_named(tmp_path, monkeypatch, damage):
         monkeypatch.setattr(cache, "MAX_PIXELS", 10_000)
     else:
         bad.write_bytes(contents[damage])
-    said = {"empty": "empty file", "bomb": "200×200 pixels, more than 10,000"}.get(damage, "")
+    said = {"empty": "empty file", "bomb": "200×200 pixels, the limit is 10,000"}.get(damage, "")
     with pytest.raises(InputError, match=rf"c01/005\.png: not a readable image \({said}"):
         datasets.load("folder", tmp_path, "all", 8)
     # Nothing half-made stays behind.

@@ -273,7 +273,7 @@ def test_other_labels_are_not_overwritten_unasked(data, tmp_path):
     labels = tmp_path / "test" / "labels.npy"
     labels.parent.mkdir()
     np.save(labels, np.zeros(6, np.int64))
-    refused(r"labels\.npy is there already, with other labels", *flags, data=data)
+    refused(r"labels\.npy is there already and holds other labels", *flags, data=data)
     assert not (tmp_path / "test" / "contrast.npy").exists()
     run(*flags, "--overwrite", data=data)
     assert np.load(labels).tolist() == [0, 0, 0, 1, 1, 1]

@@ -286,7 +286,7 @@ def test_pretraining_goes_on_after_its_last_epoch(tmp_path, monkeypatch):
     argv = ["pretrain", "--dataset", "synthetic", "--arch", "resnet18", *CPU]
     args = reproduce.parse_args([*argv, "--pretrain_epochs", "2"])
     whole, parts = tmp_path / "whole.pth", tmp_path / "parts.pth"
-    pretrain.pretrain(args, images, whole)
+    pretrain.pretrain(args, images, whole, str)
     epochs, real = [], pretrain.train_epoch
 
     def stop(*args, **more):
@@ -297,8 +297,8 @@ def test_pretraining_goes_on_after_its_last_epoch(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pretrain, "train_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
-        pretrain.pretrain(args, images, parts)
-    pretrain.pretrain(args, images, parts)
+        pretrain.pretrain(args, images, parts, str)
+    pretrain.pretrain(args, images, parts, str)
     assert epochs == [f"pretraining {i}/2" for i in (1, 2, 2)]
     first, second = (torch.load(p, weights_only=True)["state_dict"] for p in (whole, parts))
     assert all(torch.equal(first[key], second[key]) for key in first)
