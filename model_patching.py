@@ -261,9 +261,9 @@ def check(args: argparse.Namespace) -> None:
         for flag, value in needed.items():
             if not value:
                 raise InputError(f"{flag} is needed to extract signatures (or name --signature)")
-        for flag in ("bn_float", "per_channel"):
-            if getattr(args, flag) and args.levels is None:
-                raise InputError(f"--{flag} goes with --quantization; give both")
+        if args.levels is None and method != method.unquantized():
+            flag = (set(method.flags()) - set(method.unquantized().flags())).pop()
+            raise InputError(f"{flag} goes with --quantization; give both")
     count = len(args.signature or args.corruption)
     if args.finetune_alpha is not None and len(args.finetune_alpha) != count:
         given = len(args.finetune_alpha)

@@ -179,6 +179,7 @@ def fine_tune(args: Namespace, folder: Path) -> dict:
         options["resample"] = redraw(args, clean, device)
     options |= {"device": device, "rank": distributed.rank(), "ranks": distributed.ranks()}
     loader = BatchLoader(images, args.batch_size, **options)
+    clean_print = fingerprint(clean)
     del clean  # as large as the training images
     check_images(args, loader)
     sets = {"train": images, "val": val["clean"], "test": test["clean"]}
@@ -192,7 +193,7 @@ def fine_tune(args: Namespace, folder: Path) -> dict:
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
     progress = {"epoch": 0, "best_sa": -1.0, "best_ra": -1.0, "history": []}
     parts = {"state_dict": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
-    run = {**identity(args), "pretrained_hash": pretrained_hash}
+    run = {**identity(args), "pretrained_hash": pretrained_hash, "data": clean_print}
     saved_amp = resume(args, run, parts, progress) if args.resume else None
     if args.amp is None and saved_amp is not None and saved_amp != amp:
         began, ours = (engine.arithmetic(device, a, a) for a in (saved_amp, amp))

@@ -1,4 +1,12 @@
-"""The experiments, one file each, in the order of the report."""
+"""The experiments, one file each, in the order of the report.
+
+A module has CLAIM (what is to be checked) and RULE (by which it is judged, fixed beforehand), and
+    measure(study) → rows           {"seed", "corruption", "model", "TA", "RA" or "value", **knobs}
+    table(rows, study) → tables.Table
+    figure(rows, path)              a PNG
+    verdict(rows) → (tables.HOLDS, PARTLY, FAILS or UNTOLD, a sentence)
+    jobs(study) → list of Job       extra models that it needs; left out where there are none
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from experiments import plots, tables
 from experiments.similarity import cosine
-from experiments.tables import FAILS, graded
+from experiments.tables import FAILS, UNTOLD, graded
 
 CLAIM = "For one corruption, signatures of different data sets agree."
 RULE = (
@@ -49,6 +49,8 @@ def verdict(rows: list[dict]) -> tables.Verdict:
             nearest.append(max(of, key=of.get) == b)
             same.append(of.pop(b))
             other += of.values()
+    if not same or not other:
+        return UNTOLD, "no corruption of both data sets, or no other to compare with"
     words = (
         f"mean cosine {fmean(same):.2f} for the same corruption, {fmean(other):.2f} for others; "
         f"the same one is the nearest for {sum(nearest)} of {len(nearest)}"

@@ -33,7 +33,9 @@ def read_results(root: Path) -> dict[str, list[tuple[Path, dict]]]:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: {error}; delete it, or measure again") from error
-        if isinstance(content, dict) and content.get("experiment") in EXPERIMENTS:
+        if isinstance(content, dict) and isinstance(content.get("experiment"), str):
+            if lacking := {"rows", "study", "note", "command", "device"} - content.keys():
+                raise InputError(f"{path}: has no {min(lacking)}; delete it, or measure again")
             found[content["experiment"]].append((path.parent, content))
     return found
 
@@ -41,7 +43,7 @@ def read_results(root: Path) -> dict[str, list[tuple[Path, dict]]]:
 def write(root: Path) -> None:
     """Write `root`/README.md. Raises InputError when nothing was measured, or can't be read."""
     found = read_results(root)
-    if not found:
+    if not found.keys() & EXPERIMENTS.keys():
         raise InputError(f"--out {root}: no results of reproduce.py there yet")
     summary, sections, ablations = [], [], []
     caveats, studies = {}, defaultdict(dict)
@@ -66,7 +68,7 @@ def write(root: Path) -> None:
         if verdicts:
             overall = verdicts[0] if len(set(verdicts)) == 1 else PARTLY
         summary.append([f"`{name}`", module.CLAIM, overall])
-        sections += [f"## {name}: {overall}\n", f"The paper: {module.CLAIM}\n"]
+        sections += [f"## {name}: {overall}\n", f"Claim: {module.CLAIM}\n"]
         sections += [f"Rule: {module.RULE}\n", *lines]
     if ablations:
         sections += ["## Ablations\n", *ablations]

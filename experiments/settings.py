@@ -53,7 +53,7 @@ PRESETS = {
     "demo": Preset(2, "1", 5, TWO, lr=0.002, batch_size=64, train_images=5000, union=False),
 }
 DEMO = ["main", "--preset", "demo", "--dataset", "synthetic", "--arch", "vgg11"]
-DEMO += ["--keep_num", "5", "--out", "results/demo"]
+DEMO += ["--keep_num", "4", "--out", "results/demo"]
 
 
 FLAGS = {
@@ -108,8 +108,11 @@ def resolve(args: argparse.Namespace) -> None:
     """Fill in what the preset and other flags say."""
     preset = PRESETS[args.preset]
     args.dataset = datasets.base_name(args.dataset)
-    if args.corruptions in (None, ["all"]):
-        args.corruptions = list(CORRUPTIONS if args.corruptions else preset.corruptions)
+    for name, usual in (("corruptions", preset.corruptions), ("target_corruptions", None)):
+        if "all" in (getattr(args, name) or ()):
+            setattr(args, name, list(CORRUPTIONS))
+        elif getattr(args, name) is None and usual:
+            setattr(args, name, list(usual))
     for name in ("lr", "batch_size", "train_images", "test_images", "pretrain_epochs"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(preset, name))

@@ -25,8 +25,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
+import datasets
 import train_corruption
 from datasets.corruptions import CORRUPTIONS
+from datasets.images import fingerprint
 from experiments.pretrain import make_pretrained
 from experiments.settings import PRESETS, Preset, data_tag, recipe
 from experiments.tables import BATCHNORM_ONLY, ROBUST, STANDARD, Table
@@ -285,10 +287,12 @@ class Study:
         a = self.args
         classes, seeds = f", {a.classes} classes" if a.classes else "", " ".join(map(str, a.seeds))
         rate = "" if a.lr == 0.01 else f", lr {a.lr:g}"
-        return (
-            f"{a.title or a.dataset}{classes}, {a.arch}, severity {a.severity}; {self.recipe} of "
-            f"fine-tuning (lr × 0.1 after {a.decreasing_lr}{rate}), seeds {seeds}"
-        )
+        rate += "" if a.batch_size == 128 else f", batch {a.batch_size}"
+        rate += "" if a.train_images is None else f", {a.train_images} images"
+        size = f" at {a.image_size}×{a.image_size}" if a.image_size else ""
+        what = f"{a.title or a.dataset}{size}{classes}, {a.arch}, severity {a.severity}"
+        recipe = f"{self.recipe} of fine-tuning (lr × 0.1 after {a.decreasing_lr}{rate})"
+        return f"{what}; {recipe}, seeds {seeds}"
 
     @property
     def ablation(self) -> str:
@@ -317,6 +321,13 @@ class Study:
         print(f"\n{text}\n\n{caption}\n{out}")
 
 
+@functools.cache
+def data_print(*what: object) -> str:
+    """The fingerprint of clean training images; `what` says which to `datasets.load`."""
+    dataset, data, *which = what
+    return fingerprint(datasets.load(dataset, data, "train", *which))
+
+
 def check_same_run(job: Job, start_hash: Callable[[str], str]) -> None:
     """Raise InputError when the finished run in the job's folder had other settings.
 
@@ -325,6 +336,9 @@ def check_same_run(job: Job, start_hash: Callable[[str], str]) -> None:
     args = train_corruption.parse_args(job.command())
     saved = ckpt.read(job.folder / ckpt.LAST)
     wanted = train_corruption.identity(args) | {"pretrained_hash": start_hash(args.pretrained)}
+    if "data" in saved:
+        names = ("dataset", "data", "image_size", "classes", "train_images")
+        wanted["data"] = data_print(*(getattr(args, name) for name in names))
     for name, value in wanted.items():
         if name in saved and saved[name] != value:
             raise InputError(

@@ -55,6 +55,8 @@ def layer_keys(arch: str, keep_num: int, layers: str = "shallowest", seed: int =
         raise ValueError(
             f"--keep_num {keep_num}: {arch} has {len(order)} layers, so 1 to {len(order)}"
         )
+    if layers not in LAYERS:
+        raise ValueError(f"--layers {layers}: one of {', '.join(LAYERS)}")
     chosen = {
         "shallowest": range(keep_num),
         "deepest": range(len(order) - keep_num, len(order)),

@@ -362,7 +362,7 @@ def test_files_from_before_the_method_was_kept_are_read(study, tmp_path, levels,
     torch.save({**document, "checksum": digest.hexdigest()}, path)
     back = RobustWeightSignature.load(path)
     assert back.method == s.method and same_bits(back.tensors, s.tensors)
-    assert "the 2 shallowest layers, projection not recorded" in signature_file.describe(path)
+    assert "keep_num 2, projection not recorded" in signature_file.describe(path)
 
 
 def test_what_is_no_signature_file_is_refused(study, tmp_path):
@@ -386,9 +386,12 @@ def test_what_is_no_signature_file_is_refused(study, tmp_path):
 @pytest.mark.parametrize(
     ("method", "pieces"),
     [
-        (Method(2), ["the 2 shallowest layers", "fine-tuning projected out", "float32"]),
-        (Method(3, "deepest", project=False), ["the 3 deepest layers, NOT projected"]),
-        (Method(3, "random", levels=16, scheme="tanh"), ["3 random", "16 levels, tanh, 4 bits"]),
+        (Method(2), ["keep_num 2, as in the paper", "float32"]),
+        (Method(3, "deepest", project=False), ["keep_num 3, layers deepest, no projection"]),
+        (
+            Method(3, "random", levels=16, scheme="tanh"),
+            ["keep_num 3, layers random", "16 levels, tanh, 4 bits"],
+        ),
         (Method(1, levels=4, per_channel=True, bn_float=True), ["per channel, batch norm in fl"]),
     ],
 )

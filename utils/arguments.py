@@ -24,7 +24,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     """The script's docstring as it stands, and each flag's default unless it is empty."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, []):
+        if action.default in (None, []) or isinstance(action.default, bool):
             return action.help
         return super()._get_help_string(action)
 

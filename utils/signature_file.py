@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_type_hints
 
@@ -168,12 +168,13 @@ def describe(path: str | os.PathLike) -> str:
         form += ", range per channel" if m.per_channel else ""
         form += ", batch norm in float32" if m.bn_float else ""
     values = sum(tensor.numel() for tensor in s.tensors.values())
-    projected = "clean fine-tuning projected out" if m.project else "NOT projected"
+    told = [replace(m, keep_num=Method.keep_num).unquantized().words()]
     if "method" not in checkpoint.read(path)["meta"]:
-        projected = "projection not recorded"
+        told.append("projection not recorded")
+    made = ", ".join(filter(None, told)) or "as in the paper"
     lines = [
         f"corruption   {s.name}" + (f", severity {s.severity}" if s.severity else ""),
-        f"arch         {s.arch}, the {m.keep_num} {m.layers} layers, {projected}",
+        f"arch         {s.arch}, keep_num {m.keep_num}, {made}",
         f"data set     {s.dataset or 'not recorded'}",
         f"from         θ_pre {s.pretrained}  θ_std {s.standard}  θ_c {', '.join(s.robust)}",
         f"stored as    {form}",
