@@ -55,7 +55,8 @@ def read(path: str | os.PathLike, what: str = "checkpoint") -> dict:
         told = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
         reason = next(iter(told.strip().splitlines()), type(error).__name__)[:120]
         wrong = f"damaged, or not a {what} file"
-        if told.startswith("Unsupported"):
+        # An operand is any byte of a file that is no pickle at all.
+        if told.startswith("Unsupported") and not told.startswith("Unsupported operand"):
             wrong, reason = "holds more than weights and was not opened", reason.partition(". ")[0]
         raise InputError(f"{path}: {wrong} ({reason})") from error
     if not isinstance(content, Mapping):
