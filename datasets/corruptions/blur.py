@@ -135,9 +135,10 @@ def _zoom_operator(height: int, width: int, c: float, device: torch.device):
     factors = [1 + i * ((1 + 0.01) - 1) for i in range(round((c - 1) / 0.01) + 1)]
     total = scipy.sparse.eye_array(height * width, format="csr")
     for factor in factors:
-        total = total + scipy.sparse.kron(
-            filters.zoom_weights(height, factor), filters.zoom_weights(width, factor), "csr"
+        rows, columns = (
+            scipy.sparse.coo_array(filters.zoom_weights(side, factor)) for side in (height, width)
         )
+        total = total + scipy.sparse.kron(rows, columns, "csr")
     return _operator(total / (len(factors) + 1), device)
 
 
