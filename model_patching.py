@@ -88,7 +88,7 @@ class Patching:
             for name, images in sets.items()
         }
         self.kept = kept or Measurements()
-        self._prints = {name: fingerprint(images) for name, images in sets.items()}
+        self.prints = {name: fingerprint(images) for name, images in sets.items()}
         self._target_hash = ckpt.tensors_hash(self.target.state_dict())
         self._signatures: dict[tuple[str, Method], RobustWeightSignature] = {}
 
@@ -167,7 +167,7 @@ class Patching:
         key: of these weights; what was measured under it before is looked up.
         """
         arithmetic = f"{self.device.type} {'bf16' if self.amp else 'float32'}"
-        keys = {part: f"{key} | {self._prints[part]} {arithmetic}" for part in ("clean", *names)}
+        keys = {part: f"{key} | {self.prints[part]} {arithmetic}" for part in ("clean", *names)}
         unknown = keys.values() - self.kept.known.keys()
 
         def accuracy(part: str) -> float:
@@ -262,7 +262,8 @@ def check(args: argparse.Namespace) -> None:
             if not value:
                 raise InputError(f"{flag} is needed to extract signatures (or name --signature)")
         if args.levels is None and method != method.unquantized():
-            flag = (set(method.flags()) - set(method.unquantized().flags())).pop()
+            kept = method.unquantized().flags()
+            flag = next(f for f in method.flags() if f.startswith("--") and f not in kept)
             raise InputError(f"{flag} goes with --quantization; give both")
     count = len(args.signature or args.corruption)
     if args.finetune_alpha is not None and len(args.finetune_alpha) != count:
@@ -322,7 +323,7 @@ def run(args: argparse.Namespace) -> dict:
         for name, signature in zip(own, signatures, strict=True):
             path = places[-1].with_name(f"{name}.rws")
             print(f"{path}: {signature.save(path):,} bytes")
-    data = fingerprint(run.sets["clean"])
+    data = run.prints["clean"]
     result = {"rows": rows, "arguments": vars(args), "data": data}
     result |= report.provenance(run.device)
     for place in places:

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -297,7 +297,7 @@ class Study:
     @property
     def ablation(self) -> str:
         """What is not the paper's method, in words; how a signature is stored doesn't count."""
-        return replace(self.method.unquantized(), keep_num=Method.keep_num).words()
+        return self.method.ablation()
 
     def write(self, name: str, rows: list[dict], table: Table, out: Path, seconds: float) -> None:
         """Print the table; write it (table.md), every row (table.csv), all about them (.json)."""

@@ -156,6 +156,7 @@ PATCH = [
     ("--quantization 5 --quantization_type log", r"--quantization 5: log .*even"),
     ("--quantization 4 --quantization_type cubic", r"--quantization_type: .*cubic"),
     ("--bn_float", r"--bn_float goes with --quantization"),
+    ("--quantization_type log", r"error: --quantization_type goes with --quantization"),
     ("--severity 9", r"--severity 9: must be"),
     ("--device cuda", r"--device cuda: .*try auto or cpu"),
     ("--keep_num 1 2 --save_signature out", r"--save_signature takes one patch"),

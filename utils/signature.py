@@ -79,6 +79,10 @@ class Method:
         """`flags` for captions, e.g. "no projection, layers deepest"; empty for the paper's."""
         return " ".join(self.flags()).replace(" --", ", ").replace("--", "").replace("_", " ")
 
+    def ablation(self) -> str:
+        """`words` of what is not the paper's method, but for keep_num and how it is stored."""
+        return replace(self.unquantized(), keep_num=Method.keep_num).words()
+
     def unquantized(self) -> Method:
         """The same in float32."""
         return replace(self, levels=None, scheme="linear", per_channel=False, bn_float=False)

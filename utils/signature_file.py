@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import get_type_hints
 
@@ -168,7 +168,7 @@ def describe(path: str | os.PathLike) -> str:
         form += ", range per channel" if m.per_channel else ""
         form += ", batch norm in float32" if m.bn_float else ""
     values = sum(tensor.numel() for tensor in s.tensors.values())
-    told = [replace(m, keep_num=Method.keep_num).unquantized().words()]
+    told = [m.ablation()]
     if "method" not in checkpoint.read(path)["meta"]:
         told.append("projection not recorded")
     made = ", ".join(filter(None, told)) or "as in the paper"
