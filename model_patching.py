@@ -40,7 +40,7 @@ from utils import arguments, log, report, sources
 from utils import checkpoint as ckpt
 from utils.batchnorm import has_batchnorm, reestimate
 from utils.engine import arithmetic, choose_device, evaluate, to_device, use_amp
-from utils.errors import InputError, script_errors
+from utils.errors import script_errors
 from utils.measurements import Measurements
 from utils.signature import Method, RobustWeightSignature, patch
 
@@ -236,46 +236,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments.add(parser.add_argument_group("output"), "save_signature save_log save_model")
     arguments.add(parser, "device amp")
     args = parser.parse_args(argv)
-    check(args)
+    sources.check(args)
     args.keep_num = args.keep_num or [Method.keep_num]
     return args
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raise InputError for flags that don't go together, before anything is read."""
-    keep_nums = args.keep_num or [Method.keep_num]
-    for keep_num in keep_nums:
-        method = Method.from_args(args, keep_num=keep_num)
-    if args.base_model is None:
-        raise InputError("--base_model is needed: the standard model")
-    if args.signature:
-        named = [f"--{f}" for f in ("keep_num", "corruption", "save_signature") if getattr(args, f)]
-        if clash := named + replace(method, keep_num=Method.keep_num).flags():
-            raise InputError(f"{clash[0]} is for extracting; --signature brings it along")
-    else:
-        needed = {
-            "--corruption": args.corruption,
-            "--corruption_model_root": args.corruption_model_root,
-            "--pretrained": arguments.pretrained_source(args),
-        }
-        for flag, value in needed.items():
-            if not value:
-                raise InputError(f"{flag} is needed to extract signatures (or name --signature)")
-        if args.levels is None and method != method.unquantized():
-            kept = method.unquantized().flags()
-            flag = next(f for f in method.flags() if f.startswith("--") and f not in kept)
-            raise InputError(f"{flag} goes with --quantization; give both")
-    count = len(args.signature or args.corruption)
-    if args.finetune_alpha is not None and len(args.finetune_alpha) != count:
-        given = len(args.finetune_alpha)
-        raise InputError(f"--finetune_alpha has {given} values for {count} signatures")
-    patches = len(keep_nums) * len(weightings(args, count))
-    outputs = [flag for flag in ("save_log", "save_model", "save_signature") if getattr(args, flag)]
-    if outputs and patches > 1:
-        raise InputError(f"--{outputs[0]} takes one patch, --keep_num and --alpha make {patches}")
-    sources.check_outputs(args)
-    if args.save_log:
-        log.read(Path(args.save_log))
 
 
 def weightings(args: argparse.Namespace, n: int) -> list[list[float]]:

@@ -1,20 +1,58 @@
-"""The files that the flags of model_patching.py name: θ_pre, θ_std, every θ_c, signatures."""
+"""What the flags of model_patching.py name: θ_pre, θ_std, every θ_c, signatures, outputs."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from models.layers import depth_order
-from utils import arguments
+from utils import arguments, log
 from utils import checkpoint as ckpt
 from utils.errors import InputError
 from utils.files import check_writable
-from utils.signature import RobustWeightSignature
+from utils.signature import Method, RobustWeightSignature
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise InputError for flags that don't go together, before anything is read."""
+    keep_nums = args.keep_num or [Method.keep_num]
+    for keep_num in keep_nums:
+        method = Method.from_args(args, keep_num=keep_num)
+    if args.base_model is None:
+        raise InputError("--base_model is needed: the standard model")
+    if args.signature:
+        named = [f"--{f}" for f in ("keep_num", "corruption", "save_signature") if getattr(args, f)]
+        if clash := named + replace(method, keep_num=Method.keep_num).flags():
+            raise InputError(f"{clash[0]} is for extracting; --signature brings it along")
+    else:
+        needed = {
+            "--corruption": args.corruption,
+            "--corruption_model_root": args.corruption_model_root,
+            "--pretrained": arguments.pretrained_source(args),
+        }
+        for flag, value in needed.items():
+            if not value:
+                raise InputError(f"{flag} is needed to extract signatures (or name --signature)")
+        if args.levels is None and method != method.unquantized():
+            kept = method.unquantized().flags()
+            flag = next(f for f in method.flags() if f.startswith("--") and f not in kept)
+            raise InputError(f"{flag} goes with --quantization; give both")
+    count = len(args.signature or args.corruption)
+    if args.finetune_alpha is not None and len(args.finetune_alpha) != count:
+        given = len(args.finetune_alpha)
+        raise InputError(f"--finetune_alpha has {given} values for {count} signatures")
+    patches = len(keep_nums) * (1 if args.finetune_alpha is not None else len(args.alpha))
+    outputs = [flag for flag in ("save_log", "save_model", "save_signature") if getattr(args, flag)]
+    if outputs and patches > 1:
+        raise InputError(f"--{outputs[0]} takes one patch, --keep_num and --alpha make {patches}")
+    check_outputs(args)
+    if args.save_log:
+        log.read(Path(args.save_log))
 
 
 def find_robust(root: str | Path, corruption: str) -> Path:
