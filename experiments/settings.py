@@ -152,7 +152,8 @@ def pair_of_families(names: Sequence[str]) -> list[str]:
 
 def data_tag(args: argparse.Namespace, classes: str | None) -> str:
     """The data set in a folder's name, e.g. "tinyimagenet-32-odd"."""
-    parts = (args.dataset, args.image_size, classes)
+    root = Path(args.data).resolve().name if args.dataset == "folder" and args.data else None
+    parts = (args.dataset, root, args.image_size, classes)
     return "-".join(str(part) for part in parts if part is not None)
 
 
@@ -179,6 +180,11 @@ def check(args: argparse.Namespace) -> None:
     for name in args.repeat_corruptions or ():
         if name not in args.corruptions:
             raise InputError(f"--repeat_corruptions {name}: is not among --corruptions")
+    if args.repeat_corruptions and len(args.seeds) == 1:
+        raise InputError("--repeat_corruptions is for seeds after the first; name several --seeds")
+    for name in ("target_data", "target_image_size", "target_classes", "target_epochs"):
+        if getattr(args, name) is not None and args.target_dataset is None:
+            raise InputError(f"--{name} is of a second data set; name --target_dataset")
     for group in args.groups:
         if len(set(group)) < max(2, len(group)) or not set(group) <= set(args.corruptions):
             raise InputError(f"--groups {'+'.join(group)}: two or more of --corruptions, as A+B")

@@ -11,6 +11,7 @@ import reproduce
 import train_corruption
 from datasets import synthetic
 from experiments import pretrain, settings
+from experiments.study import Study
 from experiments.tables import BATCHNORM_ONLY, PATCHED, ROBUST, STANDARD, UNION, select
 from models import build_model
 from tests.folders import write_folders
@@ -38,6 +39,14 @@ def arguments(folder, tmp_path, experiment, *more):
         *("--corruptions", "fog", "contrast", "--runs", str(tmp_path / "runs")),
         *("--out", str(tmp_path / experiment), *more),
     ]
+
+
+def test_two_folder_sets_are_two_data_sets():
+    """By the name of the folder that --data names."""
+    argv = ["transfer", "--dataset", "folder", "--data", "a/birds", "--target_dataset", "folder"]
+    study = Study(reproduce.parse_args([*argv, "--target_data", "b/cars"]))
+    assert study.name == "folder-birds_vgg16_paper"
+    assert study.target.name == "folder-cars_vgg16_paper"
 
 
 def results(out):
@@ -265,6 +274,8 @@ def test_demo_on_few_images(tmp_path, monkeypatch, capsys):
         (["keep-num", "--seeds", "0", "0"], "twice"),
         (["keep_num", "--corruptions", "fogg"], "'fog'"),
         (["keep_num", "--corruptions", "fog", "--repeat_corruptions", "snow"], "snow"),
+        (["main", "--corruptions", "fog", "--repeat_corruptions", "fog"], "several --seeds"),
+        (["main", "--dataset", "cifar10", "--target_data", "b"], "name --target_dataset"),
         (["alpha", "--alphas", "-1"], "--alphas"),
         (["compose", "--groups", "fog"], "--groups fog"),
         (["compose", "--corruptions", "fog"], "two --corruptions"),
