@@ -43,7 +43,7 @@ from tqdm import tqdm
 import datasets
 from datasets import flags
 from datasets.corrupted import MADE, Copies, copy_names, corrupted_set, generate_chunks, made_in
-from datasets.corruptions import CORRUPTIONS, SEVERITIES
+from datasets.corruptions import CORRUPTIONS, SEVERITIES, constants_for
 from datasets.corruptions.frost_texture import PHOTOGRAPHS
 from datasets.images import ImageSet, fingerprint, stable_seed
 from utils import report
@@ -365,12 +365,14 @@ def sheet(pictures: torch.Tensor, rows: list[str], columns: list[str]) -> Figure
 
 def facts_of(args: argparse.Namespace, sets: dict[str, ImageSet], device: torch.device) -> dict:
     """The lines of the header that files and sheets share."""
+    side = max(max(clean.images.shape[-2:]) for clean in sets.values())
     return {
         part: f"{len(clean):,} images of {clean.name}, {clean.images.shape[-1]} pixels a side"
         for part, clean in sets.items()
     } | {
         "corruptions": ", ".join(args.corruption),
         "severity": " ".join(map(str, args.severity)),
+        "constants": constants_for(side),
         **flags.frost_note(args.corruption, args.frost_dir),
         "seed": args.seed,
         "device": report.device_name(device),

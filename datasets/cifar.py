@@ -22,10 +22,11 @@ from datasets.images import ImageSet, split_rows
 from utils.errors import InputError
 
 PUBLISHED = {"cifar10": CIFAR10, "cifar100": CIFAR100}
-_OTHERS = {  # files that people have in its place, and what they are
-    "npy": "a corrupted copy",
-    "bin": "of the binary version, the Python version is read",
-    "mat": "of the Matlab version, the Python version is read",
+_OTHERS = {  # what people have in its place
+    "*.npy": "the .npy files are a corrupted copy",
+    "*.bin": "the .bin files are the binary version, the Python version is read",
+    "*-binary.tar.gz": "the archive is the binary version, the Python version is read",
+    "*.mat": "the .mat files are the Matlab version, the Python version is read",
 }
 
 
@@ -99,9 +100,9 @@ def _verified(folder: Path, name: str, train: bool) -> CIFAR10:
 def _download(root: Path, name: str) -> Path:
     published = PUBLISHED[name]
     looked_for = f"neither {published.base_folder}/ nor train/<class>/ folders of images there"
-    for suffix, what in _OTHERS.items() if root.is_dir() else ():
-        if file := next(root.glob(f"**/*.{suffix}"), None):
-            raise InputError(f"--data {root}: {looked_for}; {file.name} is {what}")
+    for pattern, what in _OTHERS.items() if root.is_dir() else ():
+        if any(root.glob(f"**/{pattern}")):
+            raise InputError(f"--data {root}: {looked_for}; {what}")
     try:
         # urllib alone would wait for minutes where there is no network.
         socket.create_connection(("www.cs.toronto.edu", 443), timeout=5).close()

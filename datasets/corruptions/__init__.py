@@ -45,6 +45,7 @@ _TABLE = {
     "saturate": (digital.saturate, digital.SATURATE),
 }
 CORRUPTIONS = tuple(_TABLE)
+CONSTANTS = {32: "CIFAR-10-C", 64: "Tiny-ImageNet-C"}  # side of images → who published them
 SEVERITIES = 5
 # name → "noise", "blur", "weather" or "digital", the file it is defined in
 FAMILIES = {name: function.__module__.rpartition(".")[2] for name, (function, _) in _TABLE.items()}
@@ -105,7 +106,7 @@ def _corrupt(
     check(name, severity)
     _check_images(images, name)
     function, table = _TABLE[name]
-    c = table[32 if max(images.shape[-2:]) <= 48 else 64][severity - 1]
+    c = table[_table_side(max(images.shape[-2:]))][severity - 1]
     parameters = inspect.signature(function).parameters
     chunk = BLOCK * _blocks_per_chunk(images)
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
@@ -120,6 +121,16 @@ def _corrupt(
     with _full_precision():
         _for_each(work, range(0, len(images), chunk), images.device)
     return out
+
+
+def _table_side(side: int) -> int:
+    return 32 if side <= 48 else 64
+
+
+def constants_for(side: int) -> str:
+    """Whose constants images of that side are corrupted with, in words."""
+    table = _table_side(side)
+    return f"{CONSTANTS[table]} ({table}×{table})"
 
 
 @contextlib.contextmanager
