@@ -365,14 +365,13 @@ def sheet(pictures: torch.Tensor, rows: list[str], columns: list[str]) -> Figure
 
 def facts_of(args: argparse.Namespace, sets: dict[str, ImageSet], device: torch.device) -> dict:
     """The lines of the header that files and sheets share."""
-    side = max(max(clean.images.shape[-2:]) for clean in sets.values())
     return {
         part: f"{len(clean):,} images of {clean.name}, {clean.images.shape[-1]} pixels a side"
         for part, clean in sets.items()
     } | {
         "corruptions": ", ".join(args.corruption),
         "severity": " ".join(map(str, args.severity)),
-        "constants": constants_for(side),
+        "constants": " ".join({constants_for(clean.images) for clean in sets.values()}),
         **flags.frost_note(args.corruption, args.frost_dir),
         "seed": args.seed,
         "device": report.device_name(device),

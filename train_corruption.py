@@ -4,7 +4,7 @@ The paper's recipe: SGD, 50 epochs, lr 0.01 × 0.1 at epochs 20 and 40, batch 12
 
     # the standard model θ_std
     python train_corruption.py --pretrained --data data/cifar10 --save_dir runs/vgg16/standard
-    # a robust model θ_c; the corrupted copy is made in memory unless --data holds one
+    # a robust model θ_c; the corrupted copy is read from --data, or made without it
     python train_corruption.py --pretrained --dataset cifar10-c --corruption gaussian_noise \\
         --data data/cifar10-c --std_data data/cifar10 --save_dir runs/vgg16/robust/gaussian_noise
     # one model on several GPUs, each taking its part of every batch

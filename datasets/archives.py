@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import stat
 import sys
 import tarfile
 import warnings
@@ -24,12 +23,11 @@ def located(root: Path, published: str, archive: str, holds: Callable[[Path], bo
     Raises InputError where several of these fit, and for an archive that can't be unpacked.
     """
     home = root / published
-    if found := [place for place in (home, root) if holds(place)]:
-        return found[0]
-    if (root / archive).is_file():
+    if not (holds(home) or holds(root)) and (root / archive).is_file():
         unpack(root / archive, home)
-    if holds(home):
-        return home
+    for place in (home, root):
+        if holds(place):
+            return place
     inside = folders_in(root) if root.is_dir() else []
     places = dict.fromkeys(p for folder in inside for p in (folder, folder / published))
     found = [place for place in places if holds(place)]
@@ -55,15 +53,13 @@ def unpack(archive: Path, folder: Path) -> None:
         try:
             with (zipfile.ZipFile if archive.suffix == ".zip" else tarfile.open)(archive) as packed:
                 if isinstance(packed, zipfile.ZipFile):
-                    members = [(m.filename, m.external_attr >> 16) for m in packed.infolist()]
-                    odd = {name for name, mode in members if stat.S_ISLNK(mode)}
+                    links = [(m.filename, m.external_attr >> 28 == 0o12) for m in packed.infolist()]
                 else:
-                    members = [(m.name, m) for m in packed.getmembers()]
-                    odd = {name for name, m in members if not (m.isfile() or m.isdir())}
+                    links = [(m.name, not (m.isfile() or m.isdir())) for m in packed.getmembers()]
                     packed.extraction_filter = getattr(tarfile, "data_filter", None)
-                for name, _ in members:
+                for name, link in links:
                     path = PurePosixPath(name.replace("\\", "/"))
-                    if name in odd or path.is_absolute() or ".." in path.parts or ":" in name:
+                    if link or path.is_absolute() or ".." in path.parts or ":" in name:
                         raise ValueError(f"{name} in it is a link, or leads out of the folder")
                 shutil.rmtree(work, ignore_errors=True)  # what a killed run left
                 packed.extractall(work)

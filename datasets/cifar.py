@@ -26,7 +26,6 @@ _OTHERS = {  # what people have in its place
     "*.npy": "the .npy files are a corrupted copy",
     "*.bin": "the .bin files are the binary version, the Python version is read",
     "*-binary.tar.gz": "the archive is the binary version, the Python version is read",
-    "*.mat": "the .mat files are the Matlab version, the Python version is read",
 }
 
 
@@ -46,17 +45,15 @@ def load(root: Path, split: str, image_size: int | None = None, name: str = "cif
     def has_pickles(folder: Path) -> bool:
         return any((folder / file).is_file() for file, _ in published.train_list)
 
-    def has_folders(folder: Path) -> bool:
-        train = folder / "train"
-        return train.is_dir() and len(folders_in(train)) == wanted
+    def classes_in(folder: Path) -> int:
+        return len(folders_in(folder / "train")) if (folder / "train").is_dir() else 0
 
-    folder = located(
-        root, published.base_folder, published.filename, lambda p: has_pickles(p) or has_folders(p)
-    )
-    if folder is None and (root / "train").is_dir():
+    places = root, published.base_folder, published.filename
+    folder = located(*places, lambda place: has_pickles(place) or classes_in(place) == wanted)
+    if folder is None and (count := classes_in(root)):
         raise InputError(
-            f"{root / 'train'} holds {len(folders_in(root / 'train'))} class folders, {name} has "
-            f"{wanted}: for another set use --dataset folder"
+            f"{root / 'train'} holds {count} class folders, {name} has {wanted}: for another set "
+            "use --dataset folder"
         )
     if folder is None or has_pickles(folder):
         return _load_pickles(folder or _download(root, name), split, image_size, name)

@@ -22,20 +22,12 @@ import torch
 from torch import Tensor
 
 from datasets.cache import folders_in, is_debris, list_images, read_images
-from datasets.corruptions import (
-    CONSTANTS,
-    SEVERITIES,
-    check,
-    constants_for,
-    corrupt,
-    corrupt_chunks,
-)
+from datasets.corruptions import SEVERITIES, check, constants_for, corrupt, corrupt_chunks
 from datasets.image_folder import labels_of
 from datasets.images import ImageSet, check_split, stable_seed
 from datasets.tiny_imagenet import published_order, short_name
 from utils.errors import InputError
 
-# Warnings here are of stacklevel 1: said once, wherever the same copy is asked for.
 MADE = ".made.json"  # in a folder that make_corruptions.py wrote: {place in it: settings}
 
 
@@ -75,26 +67,15 @@ def corrupted_set(clean: ImageSet, corruption: str, split: str, how: Copies) -> 
             return found
         if how.named:
             there = sorted(p.name for p in Path(how.root).iterdir() if not is_debris(p.name))
-            warnings.warn(
-                f"{corruption} is generated: {how.root} and the folders in it have none of "
-                f"{', '.join(_layouts(corruption, how.severity, split))} (there: "
-                f"{', '.join(there[:9]) or 'nothing'})",
-                stacklevel=1,
+            looked = ", ".join(_layouts(corruption, how.severity, split))
+            said = (
+                f"{corruption} is generated: {how.root} and the folders in it have none of {looked}"
             )
-    side = max(clean.images.shape[-2:])
-    if side not in CONSTANTS:
-        warnings.warn(
-            f"corruptions have no constants for images of {side} pixels: those of "
-            f"{constants_for(side)} make results that compare with no published ones",
-            stacklevel=1,
-        )
+            warnings.warn(f"{said} (there: {', '.join(there[:9]) or 'nothing'})", stacklevel=1)
     draws = draws_of(how.seed, corruption, how.severity, split)
     images = corrupt(clean.images.to(how.device), corruption, how.severity, draws, how.frost_dir)
-    return replace(
-        clean,
-        images=images.cpu(),
-        source=f"generated, seed {how.seed}, constants of {constants_for(side)}",
-    )
+    source = f"generated, seed {how.seed}, constants of {constants_for(images)}"
+    return replace(clean, images=images.cpu(), source=source)
 
 
 def generate_chunks(
@@ -179,61 +160,48 @@ def _find(
 ) -> tuple[Tensor, Tensor, Path] | None:
     """Pixels and labels of the copy of `clean`, and the file or folder they are from."""
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder; name none to have corrupted images generated")
+        raise InputError(
+            f"{root}: no such folder of corrupted images; without it they are generated"
+        )
     wanted = _layouts(corruption, severity, split)
     inside = [p for p in folders_in(root) if p.name.lower() not in ("train", "val", "test")]
     of_this_set = [p for p in inside if _letters(p.name) == f"{clean.name}c"]
     for bases in ([root], of_this_set, inside):
-        found = [(base, place) for base in bases if (place := _first_of(base, wanted))]
-        if len(found) > 1:
-            there = ", ".join(str(place) for _, place in found)
-            raise InputError(f"{root}: several copies, name the folder of one: {there}")
+        each = [[_alike(base, path) for path in wanted] for base in bases]
+        found = [place for places in each for place in next(filter(None, places), [])]
         if found:
             break
     else:
         return None
-    ((base, place),) = found
+    place = found[0]
+    if len(found) > 1:
+        there = ", ".join(map(str, found))
+        raise InputError(f"{root}: several copies of {corruption}, name the folder of one: {there}")
     if place not in [root / path for path in wanted]:
         warnings.warn(f"{corruption} is read from {place}", stacklevel=1)
     if place.is_dir():
         return *_from_folders(clean, place), place
-    if place.parent != base:  # one severity only
-        _check_recorded(base, place, severity)
+    if place.parent not in bases:  # train/ or test/, of one severity only
+        _check_recorded(place.parent.parent, place, severity)
         severity = None
     return *_from_array(clean, place, severity), place
 
 
-def _layouts(corruption: str, severity: int, split: str) -> list[str]:
-    """Where the copy may lie, as paths below the root."""
-    arrays, folders = ("train/",), ("train/",)
-    if split == "test":
-        arrays, folders = ("", "test/"), ("val/", "test/", "")
-    paths = [f"{part}{corruption}.npy" for part in arrays]
-    return paths + [f"{part}{corruption}/{severity}" for part in folders]
+def _layouts(c: str, s: int, split: str) -> list[str]:
+    """Where the copy of corruption `c` and severity `s` may lie, as paths below the root."""
+    if split != "test":
+        return [f"train/{c}.npy", f"train/{c}/{s}"]
+    return [f"{c}.npy", f"test/{c}.npy", f"val/{c}/{s}", f"test/{c}/{s}", f"{c}/{s}"]
 
 
-def _first_of(base: Path, wanted: list[str]) -> Path | None:
-    """The first of the paths `wanted` below `base` that is there, as it is spelt there."""
-    for path in wanted:
-        place = _below(base, path)
-        if place and place.is_file() == path.endswith(".npy"):
-            return place
-    return None
-
-
-def _below(folder: Path, path: str) -> Path | None:
-    """`path` below `folder`, or what has the same letters and digits; None if there is neither."""
+def _alike(folder: Path, path: str) -> list[Path]:
+    """`path` below `folder`, or else all with the same letters; a file for .npy, else a folder."""
+    found = [folder]
     for name in path.split("/"):
-        if not (folder / name).exists():
-            there = sorted(folder.iterdir()) if folder.is_dir() else []
-            alike = [p.name for p in there if _letters(p.name) == _letters(name)]
-            if len(alike) > 1:
-                raise InputError(f"{folder} holds {' and '.join(alike)}: which one is {name}?")
-            if not alike:
-                return None
-            name = alike[0]
-        folder = folder / name
-    return folder
+        inside = [p for place in found if place.is_dir() for p in sorted(place.iterdir())]
+        found = [p for p in inside if _letters(p.name) == _letters(name) and not is_debris(p.name)]
+    found = [p for p in found if p.is_file() == path.endswith(".npy")]
+    return [folder / path] if folder / path in found else found
 
 
 def _letters(name: str) -> str:
@@ -252,10 +220,11 @@ def made_in(base: Path) -> dict[str, dict]:
 
 def _check_recorded(base: Path, place: Path, severity: int) -> None:
     """Raise InputError where a one-severity file was made with another severity, warn of none."""
-    settings = made_in(base).get(place.relative_to(base).as_posix(), {})
-    made = settings.get("severity")
+    letters = _letters(str(place.relative_to(base)))
+    listed = (s for path, s in made_in(base).items() if _letters(path) == letters)
+    made = next(listed, {}).get("severity")
     if made is None:
-        said = f"of which severity the arrays are isn't recorded; taken as --severity {severity}"
+        said = f"no record of the severity of its arrays, taken as --severity {severity}"
         warnings.warn(f"{place.parent}: {said}", stacklevel=1)
     elif made != [severity]:
         raise InputError(f"{place} holds severity {made}, --severity is {severity}")
@@ -265,11 +234,9 @@ def _from_array(clean: ImageSet, place: Path, severity: int | None) -> tuple[Ten
     """The rows of `clean` in NAME.npy; severity None: the file holds one severity only."""
     count = clean.total * (1 if severity is None else SEVERITIES)
     side = clean.images.shape[-1]
-    single = (
-        "" if severity is None else f"; one of a single severity belongs in {place.parent / 'test'}"
-    )
-    array = _load_npy(place, np.uint8, (count, side, side, 3), single)
-    labels_place = _below(place.parent, "labels.npy")
+    hint = "" if severity is None else f"; a single severity belongs in {place.parent / 'test'}"
+    array = _load_npy(place, np.uint8, (count, side, side, 3), hint)
+    labels_place = next(iter(_alike(place.parent, "labels.npy")), None)
     if labels_place is None:
         raise InputError(f"{place} has no labels.npy beside it")
     labels = _load_npy(labels_place, np.integer, (count,))

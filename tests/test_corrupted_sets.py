@@ -69,7 +69,9 @@ def test_cifar_c_severities_and_labels(tmp_path, inside):
     assert load_published(clean_set(split="train"), tmp_path, "fog", 1, "train") is None
     (tmp_path / "file").touch()
     for name in ("nowhere", "file"):
-        with pytest.raises(InputError, match=f"{name}: no such folder; name none to have"):
+        with pytest.raises(
+            InputError, match=f"{name}: no such folder of corrupted images; without it"
+        ):
             load_published(clean, tmp_path / name, "fog", 1, "test")
 
 
@@ -103,6 +105,7 @@ def test_a_copy_spelt_otherwise_or_one_folder_deeper_is_read_and_told(tmp_path, 
             Image.fromarray(pixels).save(image)
     for debris in ("__MACOSX", ".hidden"):
         write_npy(tmp_path / debris, "gaussian_noise", pixels_of(150), np.arange(150) % 3)
+    (place.parent / f"._{place.name}").write_bytes(b"of a Macintosh")
     with pytest.warns(UserWarning, match=re.escape(f"gaussian_noise is read from {place}")):
         found = corrupted_set(clean, "gaussian_noise", split, Copies(2, root=tmp_path))
     assert torch.equal(found.images, chw(expected)[clean.rows]) and found.source == str(place)
@@ -119,7 +122,7 @@ def test_of_several_copies_the_clean_sets_own_is_read(tmp_path):
     assert torch.equal(found.images, chw(pixels[30:60]))
     for name in ("FOG.npy", "f-o-g.npy"):
         np.save(tmp_path / name, pixels)
-    with pytest.raises(InputError, match=r"holds FOG\.npy and f-o-g\.npy: which one is fog\.npy"):
+    with pytest.raises(InputError, match=r"several copies of fog, .*/FOG\.npy, .*/f-o-g\.npy"):
         corrupted_set(clean, "fog", "test", Copies(2, root=tmp_path))
 
 
@@ -165,11 +168,14 @@ def test_whose_constants_are_used_is_told(side):
 def test_recorded_severity_of_a_one_severity_file_is_checked(tmp_path):
     clean = clean_set(split="test")
     write_npy(tmp_path / "test", "fog", pixels_of(30), np.arange(30) % 3)
-    with pytest.warns(UserWarning, match=r"test: .* isn't recorded; taken as --severity 1"):
+    with pytest.warns(UserWarning, match="test: no record .*, taken as --severity 1"):
         assert load_published(clean, tmp_path, "fog", 1, "test") is not None
     (tmp_path / ".made.json").write_text('{"test/fog.npy": {"severity": [5]}}')
     assert load_published(clean, tmp_path, "fog", 5, "test") is not None
     with pytest.raises(InputError, match="severity"):
+        load_published(clean, tmp_path, "fog", 1, "test")
+    (tmp_path / "test" / "fog.npy").rename(tmp_path / "test" / "Fog.npy")
+    with pytest.raises(InputError, match=r"Fog\.npy holds severity \[5\]"):
         load_published(clean, tmp_path, "fog", 1, "test")
 
 

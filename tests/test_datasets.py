@@ -818,7 +818,6 @@ def test_a_set_one_folder_deeper_is_read_and_told(tmp_path, request, offline, na
     [
         ("cifar-10-batches-bin/data_batch_1.bin", "bin files are the binary version, the Python"),
         ("cifar-10-binary.tar.gz", "archive is the binary version, the Python version"),
-        ("cifar-10-batches-mat/test_batch.mat", "mat files are the Matlab version, the Python"),
     ],
 )
 def test_other_forms_of_cifar_are_named(tmp_path, file, said):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -45,7 +46,7 @@ _TABLE = {
     "saturate": (digital.saturate, digital.SATURATE),
 }
 CORRUPTIONS = tuple(_TABLE)
-CONSTANTS = {32: "CIFAR-10-C", 64: "Tiny-ImageNet-C"}  # side of images → who published them
+_PUBLISHED = {32: "CIFAR-10-C", 64: "Tiny-ImageNet-C"}  # side of images → who published them
 SEVERITIES = 5
 # name → "noise", "blur", "weather" or "digital", the file it is defined in
 FAMILIES = {name: function.__module__.rpartition(".")[2] for name, (function, _) in _TABLE.items()}
@@ -127,10 +128,18 @@ def _table_side(side: int) -> int:
     return 32 if side <= 48 else 64
 
 
-def constants_for(side: int) -> str:
-    """Whose constants images of that side are corrupted with, in words."""
+def constants_for(images: Tensor) -> str:
+    """Whose constants `images` are corrupted with; a warning where it isn't those of their size."""
+    side = max(images.shape[-2:])
     table = _table_side(side)
-    return f"{CONSTANTS[table]} ({table}×{table})"
+    words = f"{_PUBLISHED[table]} ({table}×{table})"
+    if side != table:
+        warnings.warn(
+            f"corruptions have no constants for images of {side} pixels: those of {words} make "
+            "results that compare with no published ones",
+            stacklevel=1,  # said once, wherever it is asked
+        )
+    return words
 
 
 @contextlib.contextmanager
