@@ -336,7 +336,7 @@ def print_header(run: Patching) -> None:
         or f"{' + '.join(args.corruption)}, keep_num {' '.join(map(str, args.keep_num))}",
         "weights": "; ".join(" ".join(f"{w:g}" for w in weights) for weights in every),
         "test images": f"{len(clean):,} of {clean.name}, clean and corrupted at severity "
-        f"{args.severity} ({', '.join(origins)})",
+        f"{args.severity} ({'; '.join(origins)})",
         **flags.frost_note(run.sets, args.frost_dir),
         "device": f"{report.device_name(run.device)}, {arithmetic(run.device, run.amp, args.amp)}",
     }

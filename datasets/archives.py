@@ -35,7 +35,7 @@ def located(root: Path, published: str, archive: str, holds: Callable[[Path], bo
         there = ", ".join(str(place.relative_to(root)) for place in found)
         raise InputError(f"--data {root}: several sets there, name one of them: {there}")
     if found:
-        warnings.warn(f"--data {root}: read from {found[0]}, which lies deeper", stacklevel=1)
+        warnings.warn(f"--data {root}: read from {found[0]}, which lies deeper", stacklevel=2)
     return found[0] if found else None
 
 

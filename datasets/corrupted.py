@@ -71,7 +71,7 @@ def corrupted_set(clean: ImageSet, corruption: str, split: str, how: Copies) -> 
             said = (
                 f"{corruption} is generated: {how.root} and the folders in it have none of {looked}"
             )
-            warnings.warn(f"{said} (there: {', '.join(there[:9]) or 'nothing'})", stacklevel=1)
+            warnings.warn(f"{said} (there: {', '.join(there[:9]) or 'nothing'})", stacklevel=2)
     draws = draws_of(how.seed, corruption, how.severity, split)
     images = corrupt(clean.images.to(how.device), corruption, how.severity, draws, how.frost_dir)
     source = f"generated, seed {how.seed}, constants of {constants_for(images)}"
@@ -178,7 +178,7 @@ def _find(
         there = ", ".join(map(str, found))
         raise InputError(f"{root}: several copies of {corruption}, name the folder of one: {there}")
     if place not in [root / path for path in wanted]:
-        warnings.warn(f"{corruption} is read from {place}", stacklevel=1)
+        warnings.warn(f"{corruption} is read from {place}", stacklevel=2)
     if place.is_dir():
         return *_from_folders(clean, place), place
     if place.parent not in bases:  # train/ or test/, of one severity only
@@ -225,7 +225,7 @@ def _check_recorded(base: Path, place: Path, severity: int) -> None:
     made = next(listed, {}).get("severity")
     if made is None:
         said = f"no record of the severity of its arrays, taken as --severity {severity}"
-        warnings.warn(f"{place.parent}: {said}", stacklevel=1)
+        warnings.warn(f"{place.parent}: {said}", stacklevel=2)
     elif made != [severity]:
         raise InputError(f"{place} holds severity {made}, --severity is {severity}")
 

@@ -498,3 +498,12 @@ def test_messages_of_several_lines_become_one(capsys):
         warnings.warn("one\ntwo", stacklevel=1)
         raise InputError("three\nfour")
     assert capsys.readouterr().err == "warning: one two\nerror: three four\n"
+
+
+def test_a_warning_is_printed_once(capsys):
+    with script_errors():
+        for said in ("first", "second", "first"):
+            with warnings.catch_warnings():  # as libraries do, which makes Python forget
+                pass
+            warnings.warn(said, stacklevel=1)
+    assert capsys.readouterr().err == "warning: first\nwarning: second\n"

@@ -137,7 +137,7 @@ def constants_for(images: Tensor) -> str:
         warnings.warn(
             f"corruptions have no constants for images of {side} pixels: those of {words} make "
             "results that compare with no published ones",
-            stacklevel=1,  # said once, wherever it is asked
+            stacklevel=2,
         )
     return words
 
