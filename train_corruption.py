@@ -4,7 +4,7 @@ The paper's recipe: SGD, 50 epochs, lr 0.01 × 0.1 at epochs 20 and 40, batch 12
 
     # the standard model θ_std
     python train_corruption.py --pretrained --data data/cifar10 --save_dir runs/vgg16/standard
-    # a robust model θ_c; the corrupted copy is made in memory unless --data holds one
+    # a robust model θ_c; the corrupted copy is read from --data, or made without it
     python train_corruption.py --pretrained --dataset cifar10-c --corruption gaussian_noise \\
         --data data/cifar10-c --std_data data/cifar10 --save_dir runs/vgg16/robust/gaussian_noise
     # one model on several GPUs, each taking its part of every batch
@@ -90,7 +90,8 @@ def load_data(args: Namespace, device: torch.device) -> tuple[ImageSet, ImageSet
         hint = "; --std_data names the clean set" if args.corruption and not args.std_data else ""
         raise InputError(said + hint) from error
     warn_of_overlap(val, test)
-    how = Copies(args.severity, args.seed, args.data, args.frost_dir, device)
+    named = args.std_data is not None  # --data is the clean set else
+    how = Copies(args.severity, args.seed, args.data, args.frost_dir, device, named)
     images = train
     if args.corruption:
         # A published copy would be the same in every epoch.
@@ -238,7 +239,9 @@ def fine_tune(args: Namespace, folder: Path) -> dict:
     for_test = {name: evaluation_batches(part, device) for name, part in test.items()}
     ta, ras = accuracies(model, for_test, amp, "test")
     result = {"model": path.name, "epoch": chosen["epoch"], "TA": ta, "RA": ras}
-    result |= {"history": progress["history"], "arguments": vars(args), "data": fingerprint(images)}
+    sources = {"train": images.source, **{name: part.source for name, part in test.items()}}
+    result |= {"sources": sources, "history": progress["history"], "arguments": vars(args)}
+    result |= {"data": fingerprint(images)}
     result |= report.provenance(device)
     if distributed.rank() == 0:
         report.write_json(folder / "results.json", result)
@@ -319,7 +322,7 @@ def print_header(
     size = f"{height}×{width}, {len(images.classes)} classes"
     facts = {"model": f"{args.arch}, {kind}", "data": f"{images.name}, {size}: {counts}"}
     if args.corruption:
-        source = "drawn anew in every epoch" if args.resample_corruption else images.source
+        source = images.source + ", drawn anew in every epoch" * args.resample_corruption
         facts["corrupted"] = f"severity {args.severity}, {source}"
     how = [report.device_name(loader.device), engine.arithmetic(loader.device, amp, args.amp)]
     how += [name for name in ("compile", "deterministic") if getattr(args, name)]

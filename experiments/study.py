@@ -312,6 +312,7 @@ class Study:
             "ablation": self.ablation,
             "note": table.note,
             "rows": rows,
+            "sources": self._ready[1].sources if self._ready else {},
             "data": [json.loads(path.read_text(encoding="utf-8"))["data"] for path in trained],
             "seconds": round(seconds, 1),
             "arguments": vars(self.args),

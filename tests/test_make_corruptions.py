@@ -286,7 +286,9 @@ def test_frost_textures_are_told_apart(data, tmp_path, capsys):
         Image.new("RGB", (320, 320), (0, 90, 200)).save(photographs / name)
     flags = ("--corruption", "frost", "--split", "test", "--out", tmp_path / "out")
     run(*flags, "--frost_dir", photographs, data=data)
-    assert f"photographs in {photographs}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"photographs in {photographs}" in printed
+    assert "constants    CIFAR-10-C (32×32)" in printed
     refused("frost texture .*, not procedural", *flags, data=data)
     (photographs / "frost1.png").write_bytes((photographs / "frost4.jpg").read_bytes())
     refused("frost texture", *flags, "--frost_dir", photographs, data=data)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -45,6 +46,7 @@ _TABLE = {
     "saturate": (digital.saturate, digital.SATURATE),
 }
 CORRUPTIONS = tuple(_TABLE)
+_PUBLISHED = {32: "CIFAR-10-C", 64: "Tiny-ImageNet-C"}  # side of images → who published them
 SEVERITIES = 5
 # name → "noise", "blur", "weather" or "digital", the file it is defined in
 FAMILIES = {name: function.__module__.rpartition(".")[2] for name, (function, _) in _TABLE.items()}
@@ -105,7 +107,7 @@ def _corrupt(
     check(name, severity)
     _check_images(images, name)
     function, table = _TABLE[name]
-    c = table[32 if max(images.shape[-2:]) <= 48 else 64][severity - 1]
+    c = table[_table_side(max(images.shape[-2:]))][severity - 1]
     parameters = inspect.signature(function).parameters
     chunk = BLOCK * _blocks_per_chunk(images)
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
@@ -120,6 +122,24 @@ def _corrupt(
     with _full_precision():
         _for_each(work, range(0, len(images), chunk), images.device)
     return out
+
+
+def _table_side(side: int) -> int:
+    return 32 if side <= 48 else 64
+
+
+def constants_for(images: Tensor) -> str:
+    """Whose constants `images` are corrupted with; a warning where it isn't those of their size."""
+    side = max(images.shape[-2:])
+    table = _table_side(side)
+    words = f"{_PUBLISHED[table]} ({table}×{table})"
+    if side != table:
+        warnings.warn(
+            f"corruptions have no constants for images of {side} pixels: those of {words} make "
+            "results that compare with no published ones",
+            stacklevel=2,
+        )
+    return words
 
 
 @contextlib.contextmanager
