@@ -24,6 +24,7 @@ from datasets.cache import list_images, read_images
 from datasets.corruptions import SEVERITIES, check, corrupt, corrupt_chunks
 from datasets.image_folder import labels_of
 from datasets.images import ImageSet, check_split, stable_seed
+from datasets.loader import fits
 from datasets.tiny_imagenet import published_order, short_name
 from utils.errors import InputError
 
@@ -36,7 +37,8 @@ class Copies:
     """How corrupted copies are come by: read from `root` if they are there, else generated.
 
     root: a folder in a published layout; seed: of the draws; frost_dir: the original frost
-    photographs; device: where images are corrupted.
+    photographs; device: where images are corrupted; resident: whether what is generated stays there
+    if it fits, or goes to host memory.
     """
 
     severity: int = 5
@@ -44,6 +46,12 @@ class Copies:
     root: str | Path | None = None
     frost_dir: str | Path | None = None
     device: str | torch.device = "cpu"
+    resident: bool = False
+
+    def room(self, images: Tensor) -> Tensor:
+        """A tensor, not filled, for a copy of `images`."""
+        device = self.device if self.resident and fits(images, self.device) else "cpu"
+        return torch.empty(images.shape, dtype=torch.uint8, device=device)
 
 
 def corrupted_set(clean: ImageSet, corruption: str, split: str, how: Copies) -> ImageSet:
@@ -63,8 +71,9 @@ def corrupted_set(clean: ImageSet, corruption: str, split: str, how: Copies) -> 
         if found is not None:
             return found
     draws = draws_of(how.seed, corruption, how.severity, split)
-    images = corrupt(clean.images.to(how.device), corruption, how.severity, draws, how.frost_dir)
-    return replace(clean, images=images.cpu(), source=f"generated, seed {how.seed}")
+    out = how.room(clean.images)
+    corrupt(clean.images, corruption, how.severity, draws, how.frost_dir, how.device, out)
+    return replace(clean, images=out, source=f"generated, seed {how.seed}")
 
 
 def generate_chunks(
@@ -95,11 +104,11 @@ def mixed_training_set(
     seed = how.seed if partition_seed is None else partition_seed
     generator = torch.Generator().manual_seed(stable_seed("partition", seed))
     order = torch.randperm(len(clean), generator=generator)
-    images, labels, sources = torch.empty_like(clean.images), clean.labels.clone(), []
+    images, labels, sources = how.room(clean.images), clean.labels.clone(), []
     for k, corruption in enumerate(corruptions[: len(clean)]):  # of more, some get no image
         chosen = order[k :: len(corruptions)].sort().values
         part = corrupted_set(clean.subset(chosen), corruption, split, how)
-        images[chosen] = part.images
+        images[chosen] = part.images.to(images.device)
         labels[chosen] = part.labels
         sources.append(part.source)
     return replace(clean, images=images, labels=labels, source="; ".join(dict.fromkeys(sources)))

@@ -86,6 +86,7 @@ def recording_on_a_cpu(model: nn.Module, optimizer: torch.optim.SGD) -> TrainSte
         step._run(step.images, step.labels)
 
     step.rate, step._record, step._warm_up = torch.zeros(()), record, step._run
+    step._fits_twice = lambda: True
     return step
 
 
