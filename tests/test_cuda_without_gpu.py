@@ -62,7 +62,7 @@ class Ops(TorchDispatchMode):
 
 
 def pretending_works() -> bool:
-    """Torch before 2.9, or built without CUDA, asks for a real GPU even where nothing is computed."""
+    """Older torch, and one without CUDA, asks for a real GPU even where nothing is computed."""
     with FakeTensorMode(), contextlib.suppress(RuntimeError, AssertionError):
         return bool(len(torch.empty(2, device=CUDA)[:1]))
     return False
