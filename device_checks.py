@@ -134,10 +134,9 @@ def training(args: Namespace, device: torch.device, images: ImageSet) -> Figures
 
 def recording(args: Namespace, device: torch.device, images: ImageSet) -> Figures:
     """Weights after an epoch of recorded steps beside plain ones; its last batch is smaller."""
+    images = images.subset(range(IMAGES - 12))
     for amp, most in ((False, 1e-3), (True, 1e-2)):
-        runs = [
-            epochs(device, images.subset(range(IMAGES - 12)), amp, how) for how in (True, False)
-        ]
+        runs = [epochs(device, images, amp, recorded) for recorded in (True, False)]
         for epoch in runs:
             epoch()
         if runs[0].keywords["step"].graph is None:

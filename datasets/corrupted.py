@@ -105,6 +105,7 @@ def mixed_training_set(
     generator = torch.Generator().manual_seed(stable_seed("partition", seed))
     order = torch.randperm(len(clean), generator=generator)
     images, labels, sources = how.room(clean.images), clean.labels.clone(), []
+    how = replace(how, resident=images.is_cuda)  # its parts too
     for k, corruption in enumerate(corruptions[: len(clean)]):  # of more, some get no image
         chosen = order[k :: len(corruptions)].sort().values
         part = corrupted_set(clean.subset(chosen), corruption, split, how)
