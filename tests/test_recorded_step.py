@@ -85,8 +85,14 @@ def trained(make, monkeypatch, recorded):
     return step, model
 
 
-@pytest.mark.parametrize("make", [small_model, lambda: build_model("resnet18", 4)])
-@pytest.mark.parametrize("free, replays", [(100, 2 + 5), (99, 0)])
+@pytest.mark.parametrize(
+    ("make", "free", "replays"),
+    [
+        (small_model, 100, 2 + 5),
+        (lambda: build_model("resnet18", 4), 100, 2 + 5),
+        (small_model, 99, 0),
+    ],
+)
 def test_a_recorded_step_is_the_plain_one(make, free, replays, cuda, monkeypatch):
     """Bit for bit; where the activations, 50 bytes, don't fit twice, nothing is recorded."""
     cuda["mem_get_info"] = (free, 0)
