@@ -146,7 +146,8 @@ class Patching:
     def corrupted(self, clean: ImageSet, name: str, split: str, severity: int) -> ImageSet:
         """The `name` copy of a clean split: published under --corruption_data, or generated."""
         args = self.args
-        how = Copies(severity, args.seed, args.corruption_data, args.frost_dir, self.device)
+        where = args.corruption_data, args.frost_dir, self.device
+        how = Copies(severity, args.seed, *where, resident=True)
         return corrupted_set(clean, name, split, how)
 
     def _training_batches(self, name: str) -> BatchLoader:

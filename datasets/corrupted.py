@@ -25,6 +25,7 @@ from datasets.cache import folders_in, is_debris, list_images, read_images
 from datasets.corruptions import SEVERITIES, check, constants_for, corrupt, corrupt_chunks
 from datasets.image_folder import labels_of
 from datasets.images import ImageSet, check_split, stable_seed
+from datasets.loader import fits
 from datasets.tiny_imagenet import published_order, short_name
 from utils.errors import InputError
 
@@ -37,7 +38,8 @@ class Copies:
 
     root: a folder in a published layout; seed: of the draws; frost_dir: the original frost
     photographs; device: where images are corrupted; named: whether `root` was named for corrupted
-    images, so that it is worth a warning where one is generated.
+    images, so that it is worth a warning where one is generated; resident: whether what is made
+    stays on the device if it fits, or goes to host memory.
     """
 
     severity: int = 5
@@ -46,6 +48,12 @@ class Copies:
     frost_dir: str | Path | None = None
     device: str | torch.device = "cpu"
     named: bool = True
+    resident: bool = False
+
+    def room(self, images: Tensor) -> Tensor:
+        """A tensor, not filled, for a copy of `images`."""
+        device = self.device if self.resident and fits(images, self.device) else "cpu"
+        return torch.empty(images.shape, dtype=torch.uint8, device=device)
 
 
 def corrupted_set(clean: ImageSet, corruption: str, split: str, how: Copies) -> ImageSet:
@@ -73,9 +81,10 @@ def corrupted_set(clean: ImageSet, corruption: str, split: str, how: Copies) -> 
             )
             warnings.warn(f"{said} (there: {', '.join(there[:9]) or 'nothing'})", stacklevel=2)
     draws = draws_of(how.seed, corruption, how.severity, split)
-    images = corrupt(clean.images.to(how.device), corruption, how.severity, draws, how.frost_dir)
-    source = f"generated, seed {how.seed}, constants of {constants_for(images)}"
-    return replace(clean, images=images.cpu(), source=source)
+    out = how.room(clean.images)
+    corrupt(clean.images, corruption, how.severity, draws, how.frost_dir, how.device, out)
+    source = f"generated, seed {how.seed}, constants of {constants_for(out)}"
+    return replace(clean, images=out, source=source)
 
 
 def generate_chunks(
@@ -106,11 +115,12 @@ def mixed_training_set(
     seed = how.seed if partition_seed is None else partition_seed
     generator = torch.Generator().manual_seed(stable_seed("partition", seed))
     order = torch.randperm(len(clean), generator=generator)
-    images, labels, sources = torch.empty_like(clean.images), clean.labels.clone(), []
+    images, labels, sources = how.room(clean.images), clean.labels.clone(), []
+    how = replace(how, resident=images.is_cuda)  # its parts too
     for k, corruption in enumerate(corruptions[: len(clean)]):  # of more, some get no image
         chosen = order[k :: len(corruptions)].sort().values
         part = corrupted_set(clean.subset(chosen), corruption, split, how)
-        images[chosen] = part.images
+        images[chosen] = part.images.to(images.device)
         labels[chosen] = part.labels
         sources.append(part.source)
     return replace(clean, images=images, labels=labels, source="; ".join(dict.fromkeys(sources)))

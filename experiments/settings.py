@@ -201,4 +201,4 @@ def check(args: argparse.Namespace) -> None:
     for bits in args.bits:
         check_levels(2**bits, args.scheme)
     for device in args.devices:
-        choose_device(device)
+        choose_device(device, probe=len(args.devices) == 1)  # several: each opened by its process

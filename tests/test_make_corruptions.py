@@ -95,7 +95,7 @@ def test_chunks_are_corrupt_in_pieces(monkeypatch):
     images = torch.randint(0, 256, (600, 3, 8, 8), dtype=torch.uint8)
     for threads, blocks in ((1, 1), (2, 1), (1, 2)):
         torch.set_num_threads(threads)
-        monkeypatch.setattr(corruptions, "_blocks_per_chunk", lambda images, blocks=blocks: blocks)
+        monkeypatch.setattr(corruptions, "_blocks_per_chunk", lambda *_, n=blocks: n)
         for name in ("gaussian_noise", "fog", "contrast"):
             whole = corrupt(images, name, 3, torch.Generator().manual_seed(4))
             pieces = list(corrupt_chunks(images, name, 3, torch.Generator().manual_seed(4)))
