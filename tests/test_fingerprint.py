@@ -181,7 +181,6 @@ def test_each_image_is_predicted_under_its_own_patch(model, signatures, together
                 slow.append(model(image[None]))
     assert torch.allclose(found, torch.cat(slow), atol=1e-4, rtol=1e-4)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert torch.equal(fingerprint.Chosen(bank, model, together)(images), found)
 
 
 def test_split_is_the_model(model):

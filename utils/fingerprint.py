@@ -30,7 +30,7 @@ _AT_ONCE = 500  # images
 
 
 def statistics(images: Tensor) -> Tensor:
-    """Float32 (n, 16), of images (n, 3, H, W) in [0, 1], 16 pixels wide or more.
+    """Float32 (n, 16), of images (n, 3, H, W) in [0, 1].
 
     What backward elimination kept of 35, by the share of CIFAR-10's validation images named right
     among 19 corruptions at 5 severities.
@@ -43,7 +43,7 @@ def statistics(images: Tensor) -> Tensor:
     colour = torch.cat([colour.diff(dim=3).flatten(1), colour.diff(dim=2).flatten(1)], 1)
     pooled = nn.functional.avg_pool2d(x, 2)
     equal = (dx == 0).float().mean((1, 2)), (dy == 0).float().mean((1, 3))
-    at_8 = sum(e[:, 7::8].mean(1) for e in equal)  # the edges of JPEG's blocks
+    at_8 = sum(e[:, 7::8].sum(1) / max(1, e.shape[1] // 8) for e in equal)  # edges of JPEG's blocks
     skew = laplacian.pow(3).flatten(1).mean(1)
 
     def size(t: Tensor) -> Tensor:
@@ -80,10 +80,36 @@ def fit(parts: Sequence[Tensor], strengths: Sequence[float] = (1.0,) * 5) -> dic
         found = [statistics(some.float() / 255).double() for some in images.split(_AT_ONCE)]
         found = torch.cat(found)
         means.append(found.mean(0))
-        triangles.append(torch.cov(found.T)[LOWER])
+        triangles.append(torch.cov(found.T, correction=min(1, len(found) - 1))[LOWER])
     named = {"mean": torch.stack(means), "covariance": torch.stack(triangles)}
     named |= {"strength": torch.tensor(strengths), "size": torch.tensor(parts[0].shape[2:])}
     return {name: tensor.float().cpu() for name, tensor in named.items()}
+
+
+@torch.no_grad()
+def strengths(
+    model: nn.Module, signature: RobustWeightSignature, parts: Iterable[Tensor], labels: Tensor
+) -> list[float]:
+    """α at severity 1 to 5: the smallest of STRENGTHS that loses ≤ SLACK of the best accuracy.
+
+    parts: images uint8 (n, 3, H, W) at severity 1 to 5, with their labels (n,). From 1 downwards,
+    until accuracy falls.
+    """
+    found = []
+    for images in parts:
+        best, strength = 0.0, STRENGTHS[-1]
+        for alpha in reversed(STRENGTHS):
+            named = _patched(model, signature if alpha else None, alpha)
+            batches = zip(images.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True)
+            right = sum(
+                (functional_call(model, named, some.float() / 255).argmax(1) == theirs).sum().item()
+                for some, theirs in batches
+            )
+            if right < best - SLACK / 100 * len(labels):
+                break
+            best, strength = max(best, right), alpha
+        found.append(strength)
+    return found
 
 
 class SignatureBank:
@@ -192,6 +218,17 @@ class SignatureBank:
             logits = deep(torch.cat(features))
         return logits[order.argsort()]
 
+    def right(self, model: nn.Module, images: Tensor, labels: Tensor, choices: Tensor) -> Tensor:
+        """Whether n images are predicted right under each of k choices (k, n): bool (k, n).
+
+        No image is predicted twice in one form.
+        """
+        first = (self._form_of[:, None] == self._form_of).int().argmax(1).to(choices.device)
+        told = first[choices] * len(images) + torch.arange(len(images), device=choices.device)
+        told, back = told.unique(return_inverse=True)
+        choice, i = told // len(images), told % len(images)
+        return (self.apply(model, images[i], choice).argmax(1) == labels[i])[back]
+
     @torch.no_grad()
     def calibrate(
         self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], together: int = 1
@@ -207,25 +244,14 @@ class SignatureBank:
             best = likelihood[:, 1:].max(1)
             gap = (best.values - likelihood[:, 0]).repeat_interleave(together)[: len(images)]
             choice = (best.indices + 1).repeat_interleave(together)[: len(images)]
-            right = [self.apply(model, images, c).argmax(1) == labels for c in (choice * 0, choice)]
+            right = self.right(model, images, labels, torch.stack([choice * 0, choice])).int()
             gaps.append(gap)
-            losses.append(right[0].int() - right[1].int())
+            losses.append(right[0] - right[1])
         gaps, order = torch.cat(gaps).sort(descending=True)
         lost = torch.cat(losses)[order].cumsum(0)  # where those with the largest gaps are patched
         over = lost > SLACK / 100 * len(lost)
         self.margin = max(0.0, gaps[over.int().argmax()].item()) if over.any() else 0.0
         return self.margin
-
-
-class Chosen(nn.Module):
-    """`bank.predict` of a model, as a model."""
-
-    def __init__(self, bank: SignatureBank, model: nn.Module, together: int = 1) -> None:
-        super().__init__()
-        self.bank, self.model, self.together = bank, model, together
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.bank.predict(self.model, images, self.together)
 
 
 def _check_goes_with(
