@@ -170,9 +170,9 @@ def heat_map(
     groups: Sequence[str] = (),
     label: str = "cosine",
 ) -> None:
-    """Cosines, or what `label` says, (`tables.pivot`) with their values written in, colours symmetric about 0.
+    """Values (`tables.pivot`) that are also written in, colours symmetric about 0.
 
-    groups: of the lines and columns of a square matrix; a rule is drawn between them. A square
+    label: what they are; groups: of the lines and columns of a square matrix; a rule is drawn between them. A square
     matrix of three or more also gets the tree of average linkage over 1 − cosine beside it.
     """
     rows, values = list(lines), np.array(list(lines.values()))
