@@ -15,7 +15,8 @@ Several values of --keep_num or --alpha give a row of the table each. Signatures
     python model_patching.py --dataset cifar10 --arch vgg16 --data data/cifar10 \\
         --base_model standard.pth.tar --signature signatures/gaussian_noise.rws --alpha 0.5 1
 
-Of several every image can choose its own: --signature signatures/*.rws --choose 1
+Of several every image can choose its own: --signature signatures/*.rws --choose 1. Weights can be
+learnt: --learn_alpha layer. A ResNet's statistics of batch norm come from the files if they fit it.
 """
 
 from __future__ import annotations
@@ -35,16 +36,17 @@ import datasets
 from datasets import bank, flags
 from datasets.corrupted import Copies, corrupted_set
 from datasets.corruptions import CORRUPTIONS
-from datasets.images import ImageSet, fingerprint
+from datasets.images import ImageSet, fingerprint, spaced
 from datasets.loader import BatchLoader, augmentation_for, evaluation_batches, fits
 from datasets.normalization import normalization
 from models import build_model
 from utils import arguments, log, report, sources
 from utils import checkpoint as ckpt
-from utils.batchnorm import has_batchnorm, reestimate
+from utils.batchnorm import has_batchnorm, interpolate, reestimate, running_statistics
 from utils.engine import arithmetic, choose_device, evaluate, to_device, use_amp
 from utils.errors import script_errors
 from utils.fingerprint import SignatureBank
+from utils.learn import BATCH, STEPS, learn, words
 from utils.measurements import Measurements
 from utils.signature import Method, RobustWeightSignature, patch
 
@@ -84,6 +86,7 @@ class Patching:
         ckpt.load_model_weights(model, args.arch, state, path)
         model.pretrained_hash = checkpoint.get("pretrained_hash")
         self.target = to_device(model, self.device, self.amp).eval()
+        self._standard = ckpt.backbone_hash(state)  # if it is θ_std
 
         measured = CORRUPTIONS if args.test_all_corruptions else args.corruption
         sets = {"clean": clean}
@@ -127,13 +130,39 @@ class Patching:
 
     def fingerprinted(self, signature: RobustWeightSignature) -> RobustWeightSignature:
         """`signature` with all that a bank needs: fingerprint, and statistics of batch norm."""
-        if has_batchnorm(self.target) and not signature.statistics:
-            with self.patched([signature], [1.0]) as model:
-                kept = {k: t.clone() for k, t in model.named_buffers() if "running_" in k}
-            signature = replace(signature, statistics=kept)
+        signature = self.with_statistics(signature)
         how = Copies(5, self.args.seed, None, self.args.frost_dir, self.device)
         with self.autocast:
             return bank.fingerprinted(signature, self.target, self.validation, how)
+
+    def with_statistics(self, signature: RobustWeightSignature) -> RobustWeightSignature:
+        """`signature` with the running statistics of θ_std under it, if that has batch norm."""
+        if self.args.patched_model or not has_batchnorm(self.target):
+            return signature
+        with self.patched([signature], [1.0]) as model:
+            return replace(signature, statistics=running_statistics(model))
+
+    def learnt(
+        self, signatures: Sequence[RobustWeightSignature], by: str, unlabeled: bool = False
+    ) -> RobustWeightSignature:
+        """Σ_c w_c · RWS_c as one, w learnt on validation images for each "signature" or "layer"."""
+        n, names = len(signatures), dict.fromkeys(c for s in signatures for c in s.corruptions)
+        clean = spaced(self.validation, STEPS * BATCH // (1 + len(names)))  # all that is drawn
+        parts = [clean, *(self.corrupted(clean, c, "val", self.severities[c]) for c in names)]
+        with self.patched(signatures, [1 / n] * n) as model:
+            found = running_statistics(model)
+        images, labels = [part.images for part in parts], None if unlabeled else clean.labels
+        how = {"statistics": found, "amp": self.amp, "seed": self.args.seed}
+        return learn(self.target, signatures, images, labels, by == "layer", **how)
+
+    def _total(
+        self, signatures: Sequence[RobustWeightSignature], weights: Sequence[float]
+    ) -> RobustWeightSignature:
+        """Σ_c w_c · RWS_c, with the signatures' statistics pooled if they are of this target."""
+        whole = sum(signatures)
+        kept = whole.statistics if whole.standard == self._standard else {}
+        total = sum(s.scale(w) for s, w in zip(signatures, weights, strict=True))
+        return replace(total, statistics=kept)
 
     @contextlib.contextmanager
     def patched(
@@ -141,15 +170,16 @@ class Patching:
     ) -> Iterator[nn.Module]:
         """The target with Σ_c w_c · RWS_c on it; the intact target again afterwards.
 
-        For a model with batch norm the running statistics are re-estimated on the training images
-        under the signatures' corruptions.
+        For a model with batch norm the running statistics are the signatures', or without them
+        re-estimated on the training images under the signatures' corruptions.
         """
-        total = sum(s.scale(w) for s, w in zip(signatures, weights, strict=True))
+        total, strength = self._total(signatures, weights), min(1.0, sum(weights))
         with patch(self.target, total):
-            if has_batchnorm(self.target) and sum(weights) > 0:
+            interpolate(self.target, total.statistics, strength)
+            if has_batchnorm(self.target) and strength > 0 and not total.statistics:
                 names = dict.fromkeys(total.corruptions)
                 loaders = map(self._training_batches, names)  # a whole training set at a time
-                reestimate(self.target, loaders, min(1.0, sum(weights)), amp=self.amp)
+                reestimate(self.target, loaders, strength, amp=self.amp)
             yield self.target
 
     @contextlib.contextmanager
@@ -207,9 +237,11 @@ class Patching:
         self, signatures: Sequence[RobustWeightSignature], w: Sequence[float], names: Sequence[str]
     ) -> dict:
         """`measure` of the target with Σ_c w_c · RWS_c on it."""
-        total = sum(s.scale(a) for s, a in zip(signatures, w, strict=True))
+        total = self._total(signatures, w)
         key = f"{self._target_hash} + {ckpt.tensors_hash(total.tensors)}"
-        if has_batchnorm(self.target):  # its statistics come from corrupted training images
+        if total.statistics:
+            key += f" {ckpt.tensors_hash(total.statistics)} {sum(w)}"
+        elif has_batchnorm(self.target):  # its statistics come from corrupted training images
             severities = [self.severities[c] for c in total.corruptions]
             key += f" {total.corruptions} {severities} {self.args.seed} {sum(w)}"
         title = f"patched against {total.name}"
@@ -253,7 +285,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     signature = parser.add_argument_group("signature")
     arguments.add(signature, "keep_num", nargs="+", default=None)
     arguments.add(signature, arguments.METHOD.removeprefix("keep_num "))
-    arguments.add(signature, "alpha finetune_alpha signature choose")
+    arguments.add(
+        signature, "alpha finetune_alpha learn_alpha unlabeled signature reestimate choose"
+    )
     arguments.add(parser.add_argument_group("output"), "save_signature save_log save_model")
     arguments.add(parser, "device amp")
     args = parser.parse_args(argv)
@@ -283,6 +317,10 @@ def run(args: argparse.Namespace) -> dict:
         robust = choose(run, rows)
     for keep_num in () if args.choose else args.keep_num:
         signatures = run.stored or [run.signature(name, keep_num=keep_num) for name in own]
+        if args.learn_alpha:
+            signatures = [run.learnt(signatures, args.learn_alpha, args.unlabeled)]
+        if args.save_signature:  # what is measured is what the files hold
+            signatures = [run.with_statistics(s) for s in signatures]
         for weights in weightings(args, len(signatures)):
             kept = " ".join(str(k) for k in dict.fromkeys(s.method.keep_num for s in signatures))
             title = f"patched, keep_num {kept}"
@@ -290,9 +328,15 @@ def run(args: argparse.Namespace) -> dict:
                 title += ", w " + " ".join(f"{w:g}" for w in weights)
             elif args.alpha != [1.0]:
                 title += f", alpha {sum(weights):g}"
+            elif args.learn_alpha:
+                title += f", w learnt per {args.learn_alpha}{', unlabeled' * args.unlabeled}"
+                print(title, *words(signatures[0]), "", sep="\n")
             with run.patched(signatures, weights) as model:
                 weights_hash = ckpt.tensors_hash(model.state_dict())
                 rows.append({"model": title, **run.measure(weights_hash, every, title)})
+                if args.learn_alpha:
+                    learnt = signatures[0].weights.items()
+                    rows[-1]["weights"] = {name: w.tolist() for name, w in learnt}
                 if args.save_model:
                     save_model(run, model)
     rows += [robust] if robust else []
@@ -308,9 +352,13 @@ def run(args: argparse.Namespace) -> dict:
     places = [Path(f"{file}.json") for file in (args.save_log, args.save_model) if file]
     if args.save_signature:
         places.append(Path(args.save_signature) / "results.json")
-        for name, signature in zip(own, signatures, strict=True):
-            path = places[-1].with_name(f"{name}.rws")
-            print(f"{path}: {run.fingerprinted(signature).save(path):,} bytes")
+        for signature in signatures:
+            path = places[-1].with_name(f"{signature.name}.rws")
+            if args.learn_alpha:
+                path = path.with_name("composed.rws")
+            elif not args.patched_model:
+                signature = run.fingerprinted(signature)
+            print(f"{path}: {signature.save(path):,} bytes")
     data = run.prints["clean"]
     result = {"rows": rows, "sources": run.sources, "arguments": vars(args), "data": data}
     result |= report.provenance(run.device)

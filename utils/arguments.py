@@ -210,7 +210,18 @@ FLAGS = {
         "N",
         type=count(1, 256),
     ),
-    "save_signature": flag("write each signature to DIR/CORRUPTION.rws", "DIR"),
+    "learn_alpha": flag(
+        "learn the strength of each signature, or of each of its layers, on validation images",
+        choices=("signature", "layer"),
+    ),
+    "unlabeled": switch("learn them without labels, from the entropy of predictions"),
+    "reestimate": switch(
+        "re-estimate the statistics of batch norm on training images, though --signature has them"
+    ),
+    "save_signature": flag(
+        "write each signature to DIR/CORRUPTION.rws; with --learn_alpha their sum, composed.rws",
+        "DIR",
+    ),
     "save_log": flag("accumulate TA and RA over runs in FILE; this run's go to FILE.json", "FILE"),
     "save_model": flag("write the patched model's checkpoint", "FILE"),
     "test_all_corruptions": switch("measure RA on all 19, not only these"),

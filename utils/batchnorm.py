@@ -2,18 +2,20 @@
 
 One pass over the corrupted *training* images with a cumulative average: statistics reset first,
 momentum b/(n + b) for a batch of b after n images. For a strength a < 1 the result is
-(1 − a) · θ_target's statistics + a · the re-estimated ones.
+(1 − a) · θ_target's statistics + a · the re-estimated ones. A signature's file may hold these, of
+θ_std patched at α = 1; then no images are needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
+_KINDS = ("running_mean", "running_var")
 
 
 def _layers(model: nn.Module) -> list[_BatchNorm]:
@@ -23,6 +25,34 @@ def _layers(model: nn.Module) -> list[_BatchNorm]:
 def has_batchnorm(model: nn.Module) -> bool:
     """Whether `model` keeps running statistics."""
     return bool(_layers(model))
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the running means and variances of `model`, by state-dict key."""
+    return {k: t.clone() for k, t in model.named_buffers() if k.endswith(_KINDS)}
+
+
+@torch.no_grad()
+def interpolate(model: nn.Module, statistics: Mapping[str, Tensor], strength: float) -> None:
+    """Move the running statistics of `model`, in place, by `strength` (0 … 1) towards these."""
+    for key, tensor in statistics.items():
+        own = model.get_buffer(key)
+        own.mul_(1 - strength).add_(tensor.to(own), alpha=strength)
+
+
+def pooled(a: Mapping[str, Tensor], b: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Statistics of a mixture, 1 − share of which has `a`, share `b`; none where either has none.
+
+    mean = (1 − s) a + s b and likewise for the variance, + s (1 − s) (difference of the means)².
+    """
+    if a.keys() != b.keys():
+        return {}
+    found = {key: tensor.lerp(b[key].to(tensor), share) for key, tensor in a.items()}
+    for key in found:
+        if key.endswith(_KINDS[1]):
+            mean = key.removesuffix(_KINDS[1]) + _KINDS[0]
+            found[key] += share * (1 - share) * (a[mean] - b[mean].to(a[mean])).square()
+    return found
 
 
 @torch.no_grad()
@@ -39,7 +69,7 @@ def reestimate(
     if strength == 0 or not layers:
         return
     device = next(model.parameters()).device
-    before = [(m.running_mean.clone(), m.running_var.clone()) for m in layers]
+    before = running_statistics(model)
     momenta = [m.momentum for m in layers]
     modes = {m: m.training for m in model.modules()}
     model.eval()
@@ -54,9 +84,8 @@ def reestimate(
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 model(images)
             seen += len(images)
-    for layer, momentum, (mean, var) in zip(layers, momenta, before, strict=True):
+    for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
-        layer.running_mean.mul_(strength).add_(mean, alpha=1 - strength)
-        layer.running_var.mul_(strength).add_(var, alpha=1 - strength)
+    interpolate(model, before, 1 - strength)
     for module, training in modes.items():
         module.training = training

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from models.layers import carried_keys, infer_arch, is_carried, layer_keys
 from utils import quantize
 from utils.arguments import FLAGS
+from utils.batchnorm import pooled
 from utils.checkpoint import backbone_hash, read_state_dict
 from utils.errors import InputError
 
@@ -219,16 +220,24 @@ class RobustWeightSignature:
     # ---- algebra -------------------------------------------------------------------------
 
     def scale(self, w: float) -> RobustWeightSignature:
-        """w · RWS."""
+        """w · RWS, without statistics: what is kept is of α = 1."""
         tensors = {key: tensor * w for key, tensor in self.tensors.items()}
-        return replace(self, tensors=tensors, method=self.method.unquantized(), codes={})
+        none = {"codes": {}, "statistics": {}, "weights": {}}
+        return replace(self, tensors=tensors, method=self.method.unquantized(), **none)
 
     def __add__(self, other: RobustWeightSignature | int) -> RobustWeightSignature:
-        """RWS_a + RWS_b, for patching against both; a key that only one holds is taken as it is."""
+        """RWS_a + RWS_b, for patching against both; a key that only one holds is taken as it is.
+
+        Statistics of batch norm become those of a mixture, every corruption counted alike.
+        """
         if other == 0:  # the start value of sum()
             return self
         if self.arch != other.arch:
             raise InputError(f"a signature of {self.arch} can't be added to one of {other.arch}")
+        ours, theirs = (s.method.ablation() for s in (self, other))
+        if ours != theirs:  # the sum would be of neither method
+            told = f"{self.name} ({ours or 'the paper'}), {other.name} ({theirs or 'the paper'})"
+            raise InputError(f"signatures of different methods: {told}; extract them alike")
         tensors = dict(self.tensors)
         device = next((tensor.device for tensor in tensors.values()), None)
         for key, tensor in other.tensors.items():
@@ -238,6 +247,7 @@ class RobustWeightSignature:
             tensor = tensor.to(device=device)
             tensors[key] = tensors[key] + tensor if key in tensors else tensor
         keep_num = max(self.method.keep_num, other.method.keep_num)
+        share = len(other.corruptions) / max(1, len(self.corruptions) + len(other.corruptions))
         same = ("severity", "dataset", "pretrained", "standard")  # kept where both agree
         return replace(
             self,
@@ -246,7 +256,9 @@ class RobustWeightSignature:
             corruptions=(*self.corruptions, *other.corruptions),
             robust=(*self.robust, *other.robust),
             codes={},
+            statistics=pooled(self.statistics, other.statistics, share),
             fingerprint={},
+            weights={},
             **{f: None for f in same if getattr(self, f) != getattr(other, f)},
         )
 
@@ -370,9 +382,9 @@ def patch(model: nn.Module, signature: RobustWeightSignature, alpha: float = 1.0
 
 def check_fits(model: nn.Module, signature: RobustWeightSignature) -> None:
     """Raise InputError, and warn, where `patch` does."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters()) | dict(model.named_buffers())
     name = f"signature of {signature.name}"
-    for key, tensor in signature.tensors.items():
+    for key, tensor in (signature.tensors | signature.statistics).items():
         if key not in parameters:
             raise InputError(f"{name} is for {signature.arch}: the model has no {key}")
         theirs, ours = tuple(parameters[key].shape), tuple(tensor.shape)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from models import ARCHS
 from models.layers import LAYERS
-from utils import checkpoint, quantize
+from utils import checkpoint, learn, quantize
 from utils.arguments import Parser
 from utils.errors import InputError, script_errors
 from utils.signature import Method, RobustWeightSignature
@@ -181,13 +181,16 @@ def describe(path: str | os.PathLike) -> str:
     if "method" not in checkpoint.read(path)["meta"]:
         told.append("projection not recorded")
     made = ", ".join(filter(None, told)) or "as in the paper"
+    kept = ", ".join(section for section in SECTIONS if getattr(s, section))
     lines = [
         f"corruption   {s.name}" + (f", severity {s.severity}" if s.severity else ""),
         f"arch         {s.arch}, keep_num {m.keep_num}, {made}",
         f"data set     {s.dataset or 'not recorded'}",
         f"from         θ_pre {s.pretrained}  θ_std {s.standard}  θ_c {', '.join(s.robust)}",
         f"stored as    {form}",
-        f"size         {Path(path).stat().st_size:,} bytes for {values:,} values",
+        f"size         {Path(path).stat().st_size:,} bytes for {values:,} values"
+        + (f" and {kept}" if kept else ""),
+        *learn.words(s),
         "",
         f"{'tensor':<32} {'shape':<20} {'norm':>10}",
     ]

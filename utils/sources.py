@@ -26,7 +26,8 @@ def check(args: argparse.Namespace) -> None:
     if args.base_model is None:
         raise InputError("--base_model is needed: the standard model")
     if args.signature:
-        named = [f"--{f}" for f in ("keep_num", "corruption", "save_signature") if getattr(args, f)]
+        brought = ["keep_num", "corruption", *([] if args.learn_alpha else ["save_signature"])]
+        named = [f"--{f}" for f in brought if getattr(args, f)]
         if clash := named + replace(method, keep_num=Method.keep_num).flags():
             raise InputError(f"{clash[0]} is for extracting; --signature brings it along")
     else:
@@ -42,12 +43,18 @@ def check(args: argparse.Namespace) -> None:
             kept = method.unquantized().flags()
             flag = next(f for f in method.flags() if f.startswith("--") and f not in kept)
             raise InputError(f"{flag} goes with --quantization; give both")
+        if args.reestimate:
+            raise InputError("--reestimate goes with --signature; without files it is done anyway")
+    fixed = ["alpha"] * (args.alpha != [1.0]) + ["finetune_alpha"] * bool(args.finetune_alpha)
+    if args.learn_alpha and fixed:
+        raise InputError(f"--{fixed[0]} sets what --learn_alpha learns; leave one out")
+    if args.unlabeled and not args.learn_alpha:
+        raise InputError("--unlabeled goes with --learn_alpha; give both")
     if args.choose:
         if not args.signature:
             raise InputError("--choose needs a bank: name its files with --signature")
-        fixed = "alpha" if args.alpha != [1.0] else ""
-        more = [f for f in ("finetune_alpha", "save_log", "save_model") if getattr(args, f)]
-        if clash := [f for f in (fixed, *more) if f]:
+        more = [f for f in ("learn_alpha", "save_log", "save_model") if getattr(args, f)]
+        if clash := [*fixed, *more]:
             raise InputError(f"--{clash[0]} is for one patch, --choose takes one for every image")
     count = len(args.signature or args.corruption)
     if args.finetune_alpha is not None and len(args.finetune_alpha) != count:
@@ -113,6 +120,8 @@ def load_states(args: argparse.Namespace) -> tuple[dict[str, dict[str, Tensor]],
 def load_signatures(args: argparse.Namespace) -> list[RobustWeightSignature]:
     """The files of --signature; their corruptions become --corruption."""
     signatures = [RobustWeightSignature.load(path) for path in args.signature]
+    if args.signature and args.reestimate:
+        signatures = [replace(s, statistics={}) for s in signatures]
     for path, signature in zip(args.signature, signatures, strict=True):
         if signature.arch != args.arch:
             raise InputError(f"{path}: a signature of {signature.arch}, but --arch is {args.arch}")
@@ -139,4 +148,7 @@ def check_outputs(args: argparse.Namespace) -> None:
             taken.add(written.resolve())
         check_writable(path.parent)
     if args.save_signature:
+        for file in args.signature:
+            if Path(file).resolve().parent == Path(args.save_signature).resolve():
+                raise InputError(f"--save_signature: {file} is in there; name another folder")
         check_writable(args.save_signature)
