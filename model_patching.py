@@ -310,12 +310,13 @@ def run(args: argparse.Namespace) -> dict:
     """Patch and evaluate as `args` (from `parse_args`) says; gives the table and its source."""
     run = Patching(args, Method.from_args(args, keep_num=args.keep_num[0]))
     own, every = args.corruption, [name for name in run.sets if name != "clean"]
+    chooser = SignatureBank(run.stored, args.signature) if args.choose else None
     print_header(run)
     standard = {"model": "standard", **run.standard(every)}
     rows, robust = [standard], upper_bound(run)
-    if args.choose:
-        robust = choose(run, rows)
-    for keep_num in () if args.choose else args.keep_num:
+    if chooser:
+        robust = choose(run, chooser, rows)
+    for keep_num in () if chooser else args.keep_num:
         signatures = run.stored or [run.signature(name, keep_num=keep_num) for name in own]
         if args.learn_alpha:
             signatures = [run.learnt(signatures, args.learn_alpha, args.unlabeled)]
@@ -342,7 +343,7 @@ def run(args: argparse.Namespace) -> dict:
     rows += [robust] if robust else []
     for row in rows:
         row["RA_mean"] = fmean(row["RA"][c] for c in own)
-        if args.choose:
+        if chooser:
             row["mixture"] = fmean([row["TA"], *(row["RA"][c] for c in own)])
         if robust and row["model"].startswith("patched"):
             ras = standard["RA_mean"], row["RA_mean"], fmean(robust["RA"].values())
@@ -369,12 +370,12 @@ def run(args: argparse.Namespace) -> dict:
     return result
 
 
-def choose(run: Patching, rows: list[dict]) -> dict:
+def choose(run: Patching, chooser: SignatureBank, rows: list[dict]) -> dict:
     """Add the row where images choose to that of the standard model; gives the oracle's.
 
     The oracle knows the corruption of every image, and patches with its signature at α = 1.
     """
-    chooser, n = SignatureBank(run.stored, run.args.signature), run.args.choose
+    n = run.args.choose
     with run.autocast:
         ways = bank.calibrated(chooser, run.target, run.validation, [n])
         (found,) = bank.measure(chooser, run.target, run.sets, ways)

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from datasets import synthetic
 from datasets.corrupted import Copies, corrupted_set
-from datasets.corruptions import FAMILIES
+from datasets.corruptions import CORRUPTIONS, FAMILIES, corrupt
 from datasets.images import ImageSet, spaced
 from datasets.loader import evaluation_batches
 from utils.fingerprint import SEVERITIES, SignatureBank, fit, strengths
@@ -101,10 +102,10 @@ def seconds(
     bank: SignatureBank, model: nn.Module, sets: Mapping[str, ImageSet], together: int
 ) -> tuple[float, float]:
     """Time per image of a mixture of all sets: as the bank predicts it, and by `model` alone."""
-    device, count = next(model.parameters()).device, max(1, _AT_ONCE // (together * len(sets)))
+    count = max(1, _AT_ONCE // (together * len(sets)))
     parts = [images.images[: count * together].split(together) for images in sets.values()]
     mixed = torch.cat([images for of_all in zip(*parts, strict=True) for images in of_all])
-    mixed = mixed.to(device).float() / 255
+    mixed = mixed.to(next(model.parameters()).device).float() / 255
     ways = (lambda: bank.predict(model, mixed, together)), (lambda: model(mixed))
     best = [math.inf, math.inf]
     for k in (0, 1) * 4:  # in turns; the first time is a warm-up
@@ -112,3 +113,19 @@ def seconds(
         ways[k]().sum().item()
         best[k] = min(best[k], time.perf_counter() - start)
     return best[0] / len(mixed), best[1] / len(mixed)
+
+
+def example(signature: RobustWeightSignature, model: nn.Module) -> tuple[SignatureBank, Tensor]:
+    """A bank that has `signature` against six corruptions, and 256 images under these or clean.
+
+    For timing: images float32 (256, 3, 32, 32) in [0, 1] where `model` is.
+    """
+    clean, device = synthetic.load("test").images[:_AT_ONCE], next(model.parameters()).device
+    own = {key: t for key, t in model.named_buffers() if "running_" in key}
+    signatures, mixed = [], clean.clone()
+    for i, name in enumerate(CORRUPTIONS[:18:3]):
+        copies = [clean, *(corrupt(clean, name, s) for s in range(1, SEVERITIES + 1))]
+        known = {"fingerprint": fit(copies), "statistics": own}
+        signatures.append(replace(signature, corruptions=(name,), **known))
+        mixed[i::7] = copies[-1][i::7]
+    return SignatureBank(signatures), mixed.to(device).float() / 255

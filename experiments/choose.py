@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -33,28 +33,30 @@ FEW = 1000  # test images at other severities than the study's
 
 def jobs(study) -> list:
     job = study.robust_job(study.args.seeds[0], study.args.corruptions)
-    return [job] if job.done else []
+    return [job] if job.done and len(study.args.corruptions) > 1 else []
 
 
-def make_bank(run) -> SignatureBank:
-    """The bank of the study's signatures."""
-    return SignatureBank([run.fingerprinted(run.signature(name)) for name in run.args.corruption])
+def chosen(run, numbers: Sequence[int]) -> tuple[SignatureBank, list[tuple], list[dict]]:
+    """The bank of a study's signatures, its ways (`bank.calibrated`), and what it does in each."""
+    made = [run.fingerprinted(run.signature(name)) for name in run.args.corruption]
+    chooser = SignatureBank(made)
+    with run.autocast:
+        ways = bank.calibrated(chooser, run.target, run.validation, numbers)
+        found = bank.measure(chooser, run.target, run.sets, ways)
+    return chooser, ways, [{"TA": one["RA"]["clean"], **one} for one in found]
 
 
 def measure(study) -> Iterator[dict]:
     run = study.patching()
-    names, chooser = run.args.corruption, make_bank(run)
-    with run.autocast:
-        ways = bank.calibrated(chooser, run.target, run.validation, NUMBERS)
-        found = bank.measure(chooser, run.target, run.sets, ways)
+    names, (chooser, ways, found) = run.args.corruption, chosen(run, NUMBERS)
     standard = run.standard(names)
     own = {c: run.with_patch([run.signature(c)], [1.0], [c])["RA"][c] for c in names}
     yield from (study.row(run, name, STANDARD, standard) for name in names)
     for n, one in zip(NUMBERS, found, strict=True):
-        result, named = {"TA": one["RA"]["clean"], **one}, one["named"]
+        named = one["named"]
         for c in names:
             right = {"right": named[c][c], "family": bank.of_family(named[c], c)}
-            yield study.row(run, c, CHOSEN, result, together=n, **right)
+            yield study.row(run, c, CHOSEN, one, together=n, **right)
         for a, b in itertools.product(named, chooser.corruptions):
             told = {"together": n, "a": a, "b": b, "value": named[a][b] / 100}
             yield {"seed": run.args.seed, **told}

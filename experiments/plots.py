@@ -172,8 +172,9 @@ def heat_map(
 ) -> None:
     """Values (`tables.pivot`) that are also written in, colours symmetric about 0.
 
-    label: what they are; groups: of the lines and columns of a square matrix; a rule is drawn between them. A square
-    matrix of three or more also gets the tree of average linkage over 1 − cosine beside it.
+    label: what they are; groups: of the lines and columns of a square matrix; a rule is drawn
+    between them. A square matrix of three or more also gets the tree of average linkage over
+    1 − cosine beside it.
     """
     rows, values = list(lines), np.array(list(lines.values()))
     square = bool(groups) and len(rows) > 2

@@ -1,12 +1,15 @@
 """Fingerprints and banks: the statistics, naming, prediction under the choice, refusals."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from datasets import bank as on_data
 from datasets import synthetic
+from datasets.corrupted import Copies, corrupted_set
 from datasets.corruptions import corrupt
 from models import build_model, split
 from utils import fingerprint
@@ -212,6 +215,71 @@ def test_batch_norm_comes_from_the_signature(signatures):
             assert torch.allclose(found[1:3], model(images[1:3]), atol=1e-4)
     with pytest.raises(InputError, match="eval"):
         bank.apply(model.train(), images, choice)
+
+
+def test_strengths_are_the_smallest_that_lose_little(model, signatures, monkeypatch):
+    monkeypatch.setattr(fingerprint, "SLACK", 4.0)
+    images = synthetic.load("val").images[:100]
+    parts = [corrupt(images, "contrast", s) for s in range(1, 6)]
+    with torch.no_grad(), patch(model, signatures[2], 0.5):  # right at α = 0.5, all of them
+        labels = [model(part.float() / 255).argmax(1) for part in parts]
+    found = [
+        fingerprint.strengths(model, signatures[2], [part], theirs)[0]
+        for part, theirs in zip(parts, labels, strict=True)
+    ]
+    slow = []
+    for part, theirs in zip(parts, labels, strict=True):
+        right = {}
+        for alpha in fingerprint.STRENGTHS:
+            with torch.no_grad(), patch(model, signatures[2], alpha):
+                right[alpha] = (model(part.float() / 255).argmax(1) == theirs).sum().item()
+        assert max(right, key=right.get) == 0.5
+        slow.append(0.25 if right[0.25] >= 96 else 0.5)
+        assert right[0.0] < 96  # or it would be 0
+    assert found == slow
+
+
+def test_right_under_several_choices(model, signatures):
+    bank, images = SignatureBank(signatures), torch.cat(stream(5))
+    torch.manual_seed(0)
+    choices, labels = torch.randint(16, (4, 20)), torch.randint(10, (20,))
+    slow = [bank.apply(model, images, c).argmax(1) == labels for c in choices]
+    seen, real = [], bank.apply
+    bank.apply = lambda model, images, choice: (
+        seen.append(len(images)) or real(model, images, choice)
+    )
+    assert torch.equal(bank.right(model, images, labels, choices), torch.stack(slow))
+    forms = bank._form_of[choices]
+    assert seen == [sum(len(forms[:, i].unique()) for i in range(20))]
+
+
+def test_measured_on_sets_and_fingerprinted(model, signatures):
+    clean = synthetic.load("test").subset(range(50))
+    sets = {"clean": clean}
+    sets |= {name: replace(clean, images=corrupt(clean.images, name, 5)) for name in NAMES}
+    bank = SignatureBank(signatures)
+    ways = on_data.calibrated(bank, model, synthetic.load("val").subset(range(60)), (1, 4))
+    found = on_data.measure(bank, model, sets, [*ways, (1, math.inf)])
+    for (n, margin), one in zip([*ways, (1, math.inf)], found, strict=True):
+        bank.margin = margin
+        for name, images in sets.items():
+            pixels = images.images.float() / 255
+            right = bank.predict(model, pixels, n).argmax(1) == images.labels
+            assert one["RA"][name] == pytest.approx(100 * right.float().mean().item())
+            named = (bank.choose(pixels, n) + 4) // 5
+            for c, other in enumerate(bank.corruptions):
+                share = 100 * (named == c).float().mean().item()
+                assert one["named"][name][other] == pytest.approx(share)
+    assert found[2]["named"][NAMES[0]]["clean"] == 100
+    assert min(on_data.seconds(bank, model, sets, 4)) > 0
+    val = synthetic.load("val").subset(range(40))
+    made = on_data.fingerprinted(signatures[0], model, val, Copies(root="nowhere", seed=3))
+    copies = [corrupted_set(val, NAMES[0], "val", Copies(s, 3)).images for s in range(1, 6)]
+    expected = fingerprint.fit([val.images, *copies])
+    assert torch.equal(made.fingerprint["mean"], expected["mean"])
+    assert torch.equal(made.fingerprint["covariance"], expected["covariance"])
+    few = fingerprint.fit([val.images[:1, :, :8, :8]] * 6)  # one image, eight pixels wide
+    assert all(t.isfinite().all() for t in few.values())
 
 
 def test_the_margin_is_the_smallest_that_keeps_clean_accuracy(model, signatures):

@@ -92,13 +92,13 @@ def strengths(
 ) -> list[float]:
     """α at severity 1 to 5: the smallest of STRENGTHS that loses ≤ SLACK of the best accuracy.
 
-    parts: images uint8 (n, 3, H, W) at severity 1 to 5, with their labels (n,). From 1 downwards,
-    until accuracy falls.
+    At a higher severity it is no smaller. parts: images uint8 (n, 3, H, W) at severity 1 to 5,
+    with their labels (n,). From 1 downwards, until accuracy falls.
     """
     found = []
     for images in parts:
         best, strength = 0.0, STRENGTHS[-1]
-        for alpha in reversed(STRENGTHS):
+        for alpha in reversed([a for a in STRENGTHS if a >= max(found, default=0)]):
             named = _patched(model, signature if alpha else None, alpha)
             batches = zip(images.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True)
             right = sum(
