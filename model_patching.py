@@ -8,15 +8,14 @@ RWS_c is θ_c − θ_pre with the direction of clean fine-tuning projected out (
         --corruption gaussian_noise --data data/cifar10 --corruption_model_root runs/vgg16/robust \\
         --base_model runs/vgg16/standard/model_SA_best.pth.tar --pretrained vgg16_pretrained.pth
 
-Several corruptions are composed, w_c = alpha/n each, or --finetune_alpha for each its own.
+Several corruptions are composed, w_c = alpha/n each, or as --finetune_alpha or --learn_alpha say.
 Several values of --keep_num or --alpha give a row of the table each. Signatures can be kept:
 
     ... --quantization 16 --save_signature signatures        # signatures/gaussian_noise.rws, packed
     python model_patching.py --dataset cifar10 --arch vgg16 --data data/cifar10 \\
         --base_model standard.pth.tar --signature signatures/gaussian_noise.rws --alpha 0.5 1
 
-Of several every image can choose its own: --signature signatures/*.rws --choose 1. Weights can be
-learnt: --learn_alpha layer. A ResNet's statistics of batch norm come from the files if they fit it.
+Of several every image can choose its own: --signature signatures/*.rws --choose 1
 """
 
 from __future__ import annotations
@@ -148,21 +147,21 @@ class Patching:
         """Σ_c w_c · RWS_c as one, w learnt on validation images for each "signature" or "layer"."""
         n, names = len(signatures), dict.fromkeys(c for s in signatures for c in s.corruptions)
         clean = spaced(self.validation, STEPS * BATCH // (1 + len(names)))  # all that is drawn
-        parts = [clean, *(self.corrupted(clean, c, "val", self.severities[c]) for c in names)]
+        copies = [self.corrupted(clean, c, "val", self.severities[c]) for c in names]
+        parts = [images.images for images in (clean, *copies)]
         with self.patched(signatures, [1 / n] * n) as model:
-            found = running_statistics(model)
-        images, labels = [part.images for part in parts], None if unlabeled else clean.labels
-        how = {"statistics": found, "amp": self.amp, "seed": self.args.seed}
-        return learn(self.target, signatures, images, labels, by == "layer", **how)
+            how = {"statistics": running_statistics(model), "amp": self.amp}
+        how |= {"per_layer": by == "layer", "seed": self.args.seed}
+        return learn(self.target, signatures, parts, None if unlabeled else clean.labels, **how)
 
-    def _total(
+    def total(
         self, signatures: Sequence[RobustWeightSignature], weights: Sequence[float]
     ) -> RobustWeightSignature:
         """Σ_c w_c · RWS_c, with the signatures' statistics pooled if they are of this target."""
         whole = sum(signatures)
-        kept = whole.statistics if whole.standard == self._standard else {}
         total = sum(s.scale(w) for s, w in zip(signatures, weights, strict=True))
-        return replace(total, statistics=kept)
+        ours = whole.standard == self._standard
+        return replace(total, statistics=whole.statistics if ours else {})
 
     @contextlib.contextmanager
     def patched(
@@ -173,7 +172,7 @@ class Patching:
         For a model with batch norm the running statistics are the signatures', or without them
         re-estimated on the training images under the signatures' corruptions.
         """
-        total, strength = self._total(signatures, weights), min(1.0, sum(weights))
+        total, strength = self.total(signatures, weights), min(1.0, sum(weights))
         with patch(self.target, total):
             interpolate(self.target, total.statistics, strength)
             if has_batchnorm(self.target) and strength > 0 and not total.statistics:
@@ -194,9 +193,8 @@ class Patching:
 
     def corrupted(self, clean: ImageSet, name: str, split: str, severity: int) -> ImageSet:
         """The `name` copy of a clean split: published under --corruption_data, or generated."""
-        args = self.args
-        where = args.corruption_data, args.frost_dir, self.device
-        how = Copies(severity, args.seed, *where, resident=True)
+        where = self.args.corruption_data, self.args.frost_dir, self.device
+        how = Copies(severity, self.args.seed, *where, resident=True)
         return corrupted_set(clean, name, split, how)
 
     def _training_batches(self, name: str) -> BatchLoader:
@@ -237,15 +235,12 @@ class Patching:
         self, signatures: Sequence[RobustWeightSignature], w: Sequence[float], names: Sequence[str]
     ) -> dict:
         """`measure` of the target with Σ_c w_c · RWS_c on it."""
-        total = self._total(signatures, w)
-        key = f"{self._target_hash} + {ckpt.tensors_hash(total.tensors)}"
-        if total.statistics:
-            key += f" {ckpt.tensors_hash(total.statistics)} {sum(w)}"
-        elif has_batchnorm(self.target):  # its statistics come from corrupted training images
+        total = self.total(signatures, w)
+        key = f"{self._target_hash} + {ckpt.tensors_hash(total.tensors | total.statistics)}"
+        if has_batchnorm(self.target):  # its statistics come from corrupted training images
             severities = [self.severities[c] for c in total.corruptions]
             key += f" {total.corruptions} {severities} {self.args.seed} {sum(w)}"
-        title = f"patched against {total.name}"
-        return self.measure(key, names, title, self.patched(signatures, w))
+        return self.measure(key, names, f"against {total.name}", self.patched(signatures, w))
 
     def batchnorm_only(self, names: Sequence[str]) -> dict | None:
         """`measure` with statistics re-estimated under `names` and a patch of zeros.
@@ -275,35 +270,22 @@ class Patching:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The settings of one run; `argv` as on the command line (default: sys.argv)."""
     parser = arguments.Parser(__doc__)
-    data = parser.add_argument_group("data")
+    group = parser.add_argument_group("data")
     names = "dataset image_size classes train_images test_images data corruption_data corruption"
-    arguments.add(data, f"{names} severity frost_dir", flags.FLAGS)
-    arguments.add(data, "seed test_all_corruptions")
-    model = parser.add_argument_group("models")
+    arguments.add(group, f"{names} severity frost_dir", flags.FLAGS)
+    arguments.add(group, "seed test_all_corruptions")
     names = "arch pretrained pretrained_path base_model patched_model corruption_model_root"
-    arguments.add(model, names)
-    signature = parser.add_argument_group("signature")
-    arguments.add(signature, "keep_num", nargs="+", default=None)
-    arguments.add(signature, arguments.METHOD.removeprefix("keep_num "))
-    arguments.add(
-        signature, "alpha finetune_alpha learn_alpha unlabeled signature reestimate choose"
-    )
+    arguments.add(parser.add_argument_group("models"), names)
+    group = parser.add_argument_group("signature")
+    arguments.add(group, "keep_num", nargs="+", default=None)
+    arguments.add(group, arguments.METHOD.removeprefix("keep_num "))
+    arguments.add(group, "alpha finetune_alpha learn_alpha unlabeled signature reestimate choose")
     arguments.add(parser.add_argument_group("output"), "save_signature save_log save_model")
     arguments.add(parser, "device amp")
     args = parser.parse_args(argv)
     sources.check(args)
     args.keep_num = args.keep_num or [Method.keep_num]
     return args
-
-
-def weightings(args: argparse.Namespace, n: int) -> list[list[float]]:
-    """The weights w_c of n signatures, for each row: --finetune_alpha, or for each --alpha a/n."""
-    if args.finetune_alpha is not None:
-        return [args.finetune_alpha]
-    return [[a / n] * n for a in args.alpha]
-
-
-# ---- one run ----------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -322,47 +304,32 @@ def run(args: argparse.Namespace) -> dict:
             signatures = [run.learnt(signatures, args.learn_alpha, args.unlabeled)]
         if args.save_signature:  # what is measured is what the files hold
             signatures = [run.with_statistics(s) for s in signatures]
-        for weights in weightings(args, len(signatures)):
-            kept = " ".join(str(k) for k in dict.fromkeys(s.method.keep_num for s in signatures))
-            title = f"patched, keep_num {kept}"
-            if args.finetune_alpha is not None:
-                title += ", w " + " ".join(f"{w:g}" for w in weights)
-            elif args.alpha != [1.0]:
-                title += f", alpha {sum(weights):g}"
-            elif args.learn_alpha:
-                title += f", w learnt per {args.learn_alpha}{', unlabeled' * args.unlabeled}"
+        for weights in sources.weightings(args, len(signatures)):
+            title = sources.patch_title(args, signatures, weights)
+            if args.learn_alpha:
                 print(title, *words(signatures[0]), "", sep="\n")
             with run.patched(signatures, weights) as model:
                 weights_hash = ckpt.tensors_hash(model.state_dict())
                 rows.append({"model": title, **run.measure(weights_hash, every, title)})
                 if args.learn_alpha:
-                    learnt = signatures[0].weights.items()
-                    rows[-1]["weights"] = {name: w.tolist() for name, w in learnt}
+                    rows[-1]["weights"] = {c: w.tolist() for c, w in signatures[0].weights.items()}
                 if args.save_model:
-                    save_model(run, model)
+                    sources.save_model(args, model, datasets.base_name(args.dataset))
     rows += [robust] if robust else []
-    for row in rows:
-        row["RA_mean"] = fmean(row["RA"][c] for c in own)
-        if chooser:
-            row["mixture"] = fmean([row["TA"], *(row["RA"][c] for c in own)])
-        if robust and row["model"].startswith("patched"):
-            ras = standard["RA_mean"], row["RA_mean"], fmean(robust["RA"].values())
-            row["recovered"] = report.recovered(*ras)
+    report.add_means(rows, own, bound=robust, mixed=chooser is not None)
     print(report.patching_table(rows, own, run.sources))
     report.warn_below_chance(rows, len(run.sets["clean"].classes))
     places = [Path(f"{file}.json") for file in (args.save_log, args.save_model) if file]
     if args.save_signature:
         places.append(Path(args.save_signature) / "results.json")
         for signature in signatures:
-            path = places[-1].with_name(f"{signature.name}.rws")
-            if args.learn_alpha:
-                path = path.with_name("composed.rws")
-            elif not args.patched_model:
+            name = "composed" if args.learn_alpha else signature.name
+            path = places[-1].with_name(f"{name}.rws")
+            if not (args.learn_alpha or args.patched_model):
                 signature = run.fingerprinted(signature)
             print(f"{path}: {signature.save(path):,} bytes")
-    data = run.prints["clean"]
-    result = {"rows": rows, "sources": run.sources, "arguments": vars(args), "data": data}
-    result |= report.provenance(run.device)
+    result = {"rows": rows, "sources": run.sources, "arguments": vars(args)}
+    result |= {"data": run.prints["clean"], **report.provenance(run.device)}
     for place in places:
         report.write_json(place, result)
     if args.save_log:
@@ -375,14 +342,13 @@ def choose(run: Patching, chooser: SignatureBank, rows: list[dict]) -> dict:
 
     The oracle knows the corruption of every image, and patches with its signature at α = 1.
     """
-    n = run.args.choose
+    n, title = run.args.choose, f"patched, {run.args.choose} at a time choose"
     with run.autocast:
         ways = bank.calibrated(chooser, run.target, run.validation, [n])
         (found,) = bank.measure(chooser, run.target, run.sets, ways)
         chosen, plain = bank.seconds(chooser, run.target, run.sets, n)
     print(f"{bank.named_table(found['named'])}\n")
     print(f"{1e3 * chosen:.2f} ms an image, {chosen / plain:.2f} × a plain forward pass\n")
-    title = f"patched, {n} at a time choose"
     rows.append({"model": title, "TA": found["RA"].pop("clean"), **found})
     ra = {s.name: run.with_patch([s], [1.0], [s.name])["RA"][s.name] for s in run.stored}
     return {"model": "each its own signature", "TA": rows[0]["TA"], "RA": ra}
@@ -393,46 +359,32 @@ def upper_bound(run: Patching) -> dict | None:
 
     None where they are not given, or their classes are not the target's (transfer).
     """
-    own, ta, ra = run.target.state_dict(), [], {}
-    for name in run.args.corruption:
-        theirs = run.states.get(name)
-        if theirs is None or any(theirs.get(k, v).shape != v.shape for k, v in own.items()):
-            return None
-        result = run.robust(name)
-        ta.append(result["TA"])
-        ra |= result["RA"]
-    return {"model": "robust", "TA": fmean(ta), "RA": ra}
-
-
-def save_model(run: Patching, model: nn.Module) -> None:
-    """Write the patched model to --save_model, in the form train_corruption.py reads."""
-    content = {
-        "state_dict": model.state_dict(),
-        "arch": run.args.arch,
-        "dataset": datasets.base_name(run.args.dataset),
-        "patched": list(run.args.corruption),
-        "pretrained_hash": run.target.pretrained_hash,
-    }
-    ckpt.save(content, run.args.save_model)
+    names, own = run.args.corruption, run.target.state_dict()
+    states = [run.states.get(name) for name in names]
+    if not all(s and all(s.get(k, v).shape == v.shape for k, v in own.items()) for s in states):
+        return None
+    found = [run.robust(name) for name in names]
+    ra = {name: accuracy for each in found for name, accuracy in each["RA"].items()}
+    return {"model": "robust", "TA": fmean(each["TA"] for each in found), "RA": ra}
 
 
 def print_header(run: Patching) -> None:
     """Say what is about to be patched and measured."""
     args, clean = run.args, run.sets["clean"]
-    every = weightings(args, len(args.signature or args.corruption))
     origins = sorted({source for name, source in run.sources.items() if name != "clean"})
     facts = {
         "model": f"{args.arch}: {args.patched_model or args.base_model}",
         "signatures": " ".join(args.signature)
         or f"{' + '.join(args.corruption)}, keep_num {' '.join(map(str, args.keep_num))}",
-        "weights": f"chosen, {args.choose} images at a time"
-        if args.choose
-        else "; ".join(" ".join(f"{w:g}" for w in weights) for weights in every),
+        "weights": sources.weights_words(args),
         "test images": f"{len(clean):,} of {clean.name}, clean and corrupted at severity "
         f"{args.severity} ({'; '.join(origins)})",
         **flags.frost_note(run.sets, args.frost_dir),
         "device": f"{report.device_name(run.device)}, {arithmetic(run.device, run.amp, args.amp)}",
     }
+    if has_batchnorm(run.target):
+        kept = run.stored and run.total(run.stored, args.alpha[:1] * len(run.stored)).statistics
+        facts["batch norm"] = "from the files" if kept else "re-estimated on training images"
     if ablation := replace(run.method, keep_num=Method.keep_num).words():
         facts["method"] = ablation
     report.header("model_patching.py", facts)

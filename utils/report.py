@@ -90,6 +90,20 @@ def write_csv(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
     write_text(path, text.getvalue())
 
 
+def add_means(rows: Sequence[dict], own: Collection[str], bound: dict | None, mixed: bool) -> None:
+    """Add to each row its mean RA under `own`, to patched ones the share of `bound` recovered.
+
+    bound: the row of the robust models, if there is one; mixed: add the mean of TA and RA, too.
+    """
+    for row in rows:
+        row["RA_mean"] = fmean(row["RA"][c] for c in own)
+        if mixed:
+            row["mixture"] = fmean([row["TA"], *(row["RA"][c] for c in own)])
+        if bound and row["model"].startswith("patched"):
+            ras = rows[0]["RA_mean"], row["RA_mean"], fmean(bound["RA"].values())
+            row["recovered"] = recovered(*ras)
+
+
 def patching_table(rows: Sequence[dict], own: Sequence[str], sources: Mapping[str, str]) -> str:
     """The Markdown table of a run: TA, RA per corruption, mean RA, share recovered.
 

@@ -8,7 +8,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.layers import depth_order
 from utils import arguments, log
@@ -67,6 +67,50 @@ def check(args: argparse.Namespace) -> None:
     check_outputs(args)
     if args.save_log:
         log.read(Path(args.save_log))
+
+
+def weightings(args: argparse.Namespace, n: int) -> list[list[float]]:
+    """The weights w_c of n signatures, for each row: --finetune_alpha, or for each --alpha a/n."""
+    if args.finetune_alpha is not None:
+        return [args.finetune_alpha]
+    return [[a / n] * n for a in args.alpha]
+
+
+def weights_words(args: argparse.Namespace) -> str:
+    """Where the weights of all rows come from, for the header."""
+    if args.choose:
+        return f"chosen, {args.choose} images at a time"
+    if args.learn_alpha:
+        return f"learnt per {args.learn_alpha} on validation images{', unlabeled' * args.unlabeled}"
+    every = weightings(args, len(args.signature or args.corruption))
+    return "; ".join(" ".join(f"{w:g}" for w in weights) for weights in every)
+
+
+def patch_title(
+    args: argparse.Namespace, signatures: list[RobustWeightSignature], weights: list[float]
+) -> str:
+    """The name of a patched row."""
+    kept = " ".join(str(k) for k in dict.fromkeys(s.method.keep_num for s in signatures))
+    title = f"patched, keep_num {kept}"
+    if args.finetune_alpha is not None:
+        title += ", w " + " ".join(f"{w:g}" for w in weights)
+    elif args.alpha != [1.0]:
+        title += f", alpha {sum(weights):g}"
+    elif args.learn_alpha:
+        title += f", w learnt per {args.learn_alpha}{', unlabeled' * args.unlabeled}"
+    return title
+
+
+def save_model(args: argparse.Namespace, model: nn.Module, dataset: str) -> None:
+    """Write the patched model to --save_model, in the form train_corruption.py reads."""
+    content = {
+        "state_dict": model.state_dict(),
+        "arch": args.arch,
+        "dataset": dataset,
+        "patched": list(args.corruption),
+        "pretrained_hash": model.pretrained_hash,
+    }
+    ckpt.save(content, args.save_model)
 
 
 def find_robust(root: str | Path, corruption: str) -> Path:
@@ -148,6 +192,11 @@ def check_outputs(args: argparse.Namespace) -> None:
             taken.add(written.resolve())
         check_writable(path.parent)
     if args.save_signature:
+        if args.patched_model:
+            told = "fingerprint nor statistics of batch norm, which are of --base_model"
+            warnings.warn(
+                f"--patched_model: the signatures are saved with neither {told}", stacklevel=2
+            )
         for file in args.signature:
             if Path(file).resolve().parent == Path(args.save_signature).resolve():
                 raise InputError(f"--save_signature: {file} is in there; name another folder")
