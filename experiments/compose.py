@@ -1,17 +1,33 @@
-"""Several signatures on one model: against each alone, and a model trained on all (claim 6)."""
+"""Several signatures on one model: against each alone, and a model trained on all (claim 6).
+
+Beyond the paper: weights that are learnt on validation images (utils/learn.py), and where the
+statistics of batch norm come from.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from experiments import plots, tables
 from experiments.tables import BATCHNORM_ONLY, FAILS, PATCHED, STANDARD, UNION, graded
+from utils import checkpoint as ckpt
+from utils.batchnorm import has_batchnorm, running_statistics
+from utils.learn import BATCH, LR, STEPS
 from utils.report import recovered
 
 CLAIM = "Several signatures work at once."
 RULE = "Composed patches get ≥ 80 % (partly: ≥ 40 %) of the gain of a model trained on all."
 COMPOSED = "composed"  # with the weight "w" of each signature
+LEARNT = "learnt"  # in the way "by"
+WAYS = {
+    "one for each signature": ("signature", False),
+    "one for each layer": ("layer", False),
+    "one for each layer, unlabeled": ("layer", True),
+}
+STATISTICS = "w = 1/n, statistics of batch norm"  # from "where", put on in "seconds", of "bytes"
 OWN = "its own"  # each corruption under its own signature alone
 
 
@@ -33,6 +49,13 @@ def measure(study) -> Iterator[dict]:
             models.append((BATCHNORM_ONLY, alone, {}))
         for w in (1 / n, 1.0):
             models.append((COMPOSED, run.with_patch(signatures, [w] * n, group), {"w": w}))
+        for by, how in WAYS.items():
+            learnt = run.learnt(signatures, *how)
+            weights = {c: w.tolist() for c, w in learnt.weights.items()}
+            result = run.with_patch([learnt], [1.0], group)
+            models.append((LEARNT, result, {"by": by, "weights": weights}))
+        if has_batchnorm(run.target):
+            models += _statistics(study, run, signatures, group)
         union = study.robust_job(run.args.seed, group).best
         models.append((UNION, run.other(union, group), {}))
         for i, name in enumerate(group):
@@ -43,17 +66,46 @@ def measure(study) -> Iterator[dict]:
                 yield study.row(run, name, model, result, **knobs, group="+".join(group))
 
 
+def _statistics(study, run, signatures: list, group: list[str]) -> Iterator[tuple]:
+    """The composed patch with each way to come by the statistics of batch norm."""
+    before, n = running_statistics(run.target), len(group)
+    ways = {
+        "θ_std's": [replace(s, statistics=before) for s in signatures],
+        "pooled from files": [run.with_statistics(s) for s in signatures],
+        "re-estimated from images": signatures,
+    }
+    for where, those in ways.items():
+        start = time.perf_counter()
+        with run.patched(those, [1 / n] * n) as model:
+            knobs = {"where": where, "seconds": time.perf_counter() - start}
+            result = run.measure(ckpt.tensors_hash(model.state_dict()), group, where)
+        kept = those if where == "pooled from files" else signatures
+        yield STATISTICS, result, knobs | {"bytes": sum(map(study.bytes_of, kept))}
+
+
 def _label(row: dict) -> tuple[str, str]:
     model = "trained on all of them" if row["model"] == UNION else row["model"]
     model += f" against {row['against']}" if "against" in row else ""
     if "w" in row:
         model += ", w = 1" if row["w"] == 1 else ", w = 1/n"
+    model += f" w, {row['by']}" if "by" in row else f" {row['where']}" if "where" in row else ""
     return row["group"].replace("+", " + "), model
 
 
 def table(rows: list[dict], study) -> tables.Table:
-    made = tables.accuracies(rows, ["signatures", "model"], _label, recovers=False)
-    made.note = f"keep_num {study.method.keep_num}. RA: mean over the group."
+    extra = {
+        "MB": lambda of: f"{tables.mean(of, 'bytes') / 1e6:.2f}" if "bytes" in of[0] else None,
+        "s": lambda of: f"{tables.mean(of, 'seconds'):.2f}" if "seconds" in of[0] else None,
+    }
+    extra = extra if tables.select(rows, model=STATISTICS) else {}
+    made = tables.accuracies(rows, ["signatures", "model"], _label, extra, recovers=False)
+    made.note = (
+        f"keep_num {study.method.keep_num}. RA: mean over the group. Learnt weights: {STEPS} steps "
+        f"of Adam (lr {LR}) from 1/n, {BATCH} validation images in each, clean and each corruption "
+        "in equal parts."
+    )
+    if extra:
+        made.note += " MB: of the group's signature files; s: to put them on."
     return made
 
 
@@ -79,4 +131,7 @@ def verdict(rows: list[dict]) -> tables.Verdict:
             f"{group.count('+') + 1} signatures: RA {ra[STANDARD]:.1f} → {ra[best]:.1f} ({best}; "
             f"TA {ta[STANDARD]:.1f} → {ta[best]:.1f}), a model trained on all of them {trained:.1f}"
         )
+        learnt = [(by, model) for by in WAYS if (model := f"{LEARNT} w, {by}") in ra]
+        told = [f"{by} RA {ra[model]:.1f}, TA {ta[model]:.1f}" for by, model in learnt]
+        words[-1] += f" (learnt weights: {', '.join(told)})" if told else ""
     return graded(min(shares), 80, 40) if shares else FAILS, "; ".join(words)

@@ -7,7 +7,7 @@ from torch import nn
 from datasets.images import ImageSet
 from datasets.loader import BatchLoader
 from models import build_model
-from utils.batchnorm import has_batchnorm, reestimate
+from utils.batchnorm import has_batchnorm, pooled, reestimate, running_statistics
 
 
 def images(count, seed):
@@ -57,6 +57,26 @@ def test_cumulative_average_and_interpolation(model, strength):
     assert not model.training and not any(m.training for m in model.modules())
     assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     assert all(torch.equal(v, parameters[k]) for k, v in model.named_parameters())
+
+
+@torch.no_grad()
+def test_pooled_statistics_are_those_of_the_joined_images(model):
+    def stem(x):
+        return model.conv1(model.normalize(x)).transpose(0, 1).flatten(1)
+
+    parts = [next(iter(BatchLoader(images(n, seed), n))) for n, seed in ((8, 1), (8, 2), (8, 3))]
+    for k, (x, _) in enumerate(parts):
+        x *= (k + 1) / 3  # of different brightness
+    found = []
+    for part in parts:
+        reestimate(model, [[part]])
+        found.append(running_statistics(model))
+    assert len(found[0]) == 2 * sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    total = pooled(pooled(found[0], found[1], 1 / 2), found[2], 1 / 3)
+    joined = stem(torch.cat([x for x, _ in parts]))
+    torch.testing.assert_close(total["bn1.running_mean"], joined.mean(1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(total["bn1.running_var"], joined.var(1), atol=1e-5, rtol=1e-3)
+    assert pooled(found[0], {}, 1 / 2) == {}  # not known of both
 
 
 def test_strength_zero_reads_and_changes_nothing(model):

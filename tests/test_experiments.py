@@ -7,7 +7,7 @@ import pytest
 from experiments import EXPERIMENTS, report, tables
 from experiments.alpha import TAKEN_OFF
 from experiments.choose import CHOSEN, ORACLE
-from experiments.compose import COMPOSED
+from experiments.compose import COMPOSED, LEARNT
 from experiments.layers import CONTROL
 from experiments.tables import (
     BATCHNORM_ONLY,
@@ -145,7 +145,10 @@ def test_compose(composed, verdict):
     models = [row(STANDARD, 50), row(COMPOSED, composed, w=0.5), row(COMPOSED, 20, w=1.0)]
     rows = [r | {"group": "fog+snow"} for r in (*models, row(UNION, 70))]
     got, words = judge("compose", rows)
-    assert got == verdict and "w = 1/n" in words
+    assert got == verdict and "w = 1/n" in words and "learnt" not in words
+    learnt = row(LEARNT, 69, 80.0, by="one for each layer") | {"group": "fog+snow"}
+    got, words = judge("compose", [*rows, learnt])  # told, not judged
+    assert got == verdict and "(learnt weights: one for each layer RA 69.0, TA 80.0)" in words
 
 
 @pytest.mark.parametrize(("moved", "verdict"), [(65, HOLDS), (55, PARTLY), (50, FAILS)])

@@ -215,8 +215,14 @@ def test_scale_and_sum(study):
         if key in a.tensors:
             expected = expected + 0.5 * a.tensors[key]
         torch.testing.assert_close(tensor, expected)
+    for w in (a.scale(0.5), replace(a, statistics={"x": torch.ones(1)}).scale(0.5)):
+        assert not w.statistics  # what is kept is of α = 1
     with pytest.raises(InputError, match="vgg13"):
         a + replace(a, arch="vgg13")
+    plain = study.extract(method=Method(project=False), keep_num=2, corruption="snow")
+    for one, two in ((a, plain), (plain, a)):
+        with pytest.raises(InputError, match="no projection.*extract them alike"):
+            one + two
     with pytest.raises(InputError, match=study.first):
         a + replace(a, tensors={study.first: torch.zeros(1)})
 
