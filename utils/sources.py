@@ -45,9 +45,8 @@ def check(args: argparse.Namespace) -> None:
     if args.choose:
         if not args.signature:
             raise InputError("--choose needs a bank: name its files with --signature")
-        fixed = "alpha" if args.alpha != [1.0] else ""
         more = [f for f in ("finetune_alpha", "save_log", "save_model") if getattr(args, f)]
-        if clash := [f for f in (fixed, *more) if f]:
+        if clash := ["alpha"] * (args.alpha != [1.0]) + more:
             raise InputError(f"--{clash[0]} is for one patch, --choose takes one for every image")
     count = len(args.signature or args.corruption)
     if args.finetune_alpha is not None and len(args.finetune_alpha) != count:
