@@ -34,17 +34,14 @@ def fingerprinted(
     ones of validation images have one severity.
     """
 
-    def copies(clean: ImageSet) -> list[ImageSet]:
+    def copies(clean: ImageSet) -> list[Tensor]:
         each = [replace(how, severity=s, root=None) for s in range(1, SEVERITIES + 1)]
-        return [corrupted_set(clean, signature.name, "val", one) for one in each]
+        return [corrupted_set(clean, signature.name, "val", one).images for one in each]
 
-    device = next(model.parameters()).device
-    few = spaced(clean, -(-len(clean) // 10)).to(device)
-    tuned = [part.images.to(device) for part in copies(few)]
-    alphas = strengths(model, signature, tuned, few.labels)
+    few = spaced(clean, -(-len(clean) // 10)).to(next(model.parameters()).device)
+    alphas = strengths(model, signature, copies(few), few.labels)
     clean = spaced(clean, FITTED)
-    parts = [clean.images, *(part.images for part in copies(clean))]
-    return replace(signature, fingerprint=fit(parts, alphas))
+    return replace(signature, fingerprint=fit([clean.images, *copies(clean)], alphas))
 
 
 def calibrated(
@@ -103,7 +100,7 @@ def seconds(
 ) -> tuple[float, float]:
     """Time per image of a mixture of all sets: as the bank predicts it, and by `model` alone."""
     count = max(1, _AT_ONCE // (together * len(sets)))
-    parts = [images.images[: count * together].split(together) for images in sets.values()]
+    parts = [images.images[: count * together].cpu().split(together) for images in sets.values()]
     mixed = torch.cat([images for of_all in zip(*parts, strict=True) for images in of_all])
     mixed = mixed.to(next(model.parameters()).device).float() / 255
     ways = (lambda: bank.predict(model, mixed, together)), (lambda: model(mixed))

@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 import torch
 
+import datasets
 import model_patching
 import train_corruption
 from models import build_model
 from tests.folders import write_folders
+from utils import learn as learning
+from utils import signature_file
 from utils.errors import InputError
 from utils.fingerprint import SignatureBank
 from utils.signature import RobustWeightSignature
+from utils.signature_file import SECTIONS
 from utils.sources import find_robust
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -213,7 +217,7 @@ def test_composition_quantization_and_all_corruptions(models, cifar):
     assert len(every["rows"][0]["RA"]) == 19
 
 
-def test_patching_from_stored_signatures_alone(models, cifar, tmp_path):
+def test_patching_from_stored_signatures_alone(models, cifar, tmp_path, monkeypatch):
     names = ("fog", "gaussian_noise")
     quantized = ("--keep_num", 2, "--quantization", 16, "--bn_float")
     a = patch(
@@ -238,6 +242,26 @@ def test_patching_from_stored_signatures_alone(models, cifar, tmp_path):
     b = patch(*common, *base, "--signature", *files)
     assert a["rows"][1]["RA"] == b["rows"][1]["RA"] and a["rows"][1]["TA"] == b["rows"][1]["TA"]
     assert [row["model"] for row in b["rows"]] == ["standard", "patched, keep_num 2"]
+    splits = []
+    load = model_patching.flags.load_images
+    monkeypatch.setattr(
+        model_patching.flags, "load_images", lambda *a: (splits.append(a[2]), load(*a))[1]
+    )
+    b = patch(*common, *base, "--signature", *files, "--alpha", 1, 0.5)["rows"]
+    assert set(splits) == {"test"}  # no training image is read
+    assert b[1]["RA"] == a["rows"][1]["RA"]
+    if arch == "resnet18":
+        again = patch(*common, *base, "--signature", *files, "--reestimate")
+        assert "train" in splits
+        first = [tmp_path / f"version1-{file.name}" for file in files]
+        for file, path in zip(files, first, strict=True):
+            document = torch.load(file, weights_only=True)
+            meta = document["meta"]
+            drop = sum(entry["bytes"] for section in SECTIONS for entry in meta.pop(section))
+            document |= {"version": 1, "payload": document["payload"][:-drop].clone()}
+            document["checksum"] = signature_file._checksum(meta, document["payload"])
+            torch.save(document, path)
+        assert patch(*common, *base, "--signature", *first)["rows"] == again["rows"]
     weighted = patch(*common, *base, "--signature", *files, "--finetune_alpha", 0, 1)
     alone = patch(*common, *base, "--signature", files[1])
     if arch == "vgg11":  # a ResNet's running statistics are re-estimated on both corruptions
@@ -277,6 +301,36 @@ def test_stored_signatures_choose(models, cifar, tmp_path, capsys):
     alone = patch(*common, files[1])["rows"][1]
     assert oracle["RA"]["gaussian_noise"] == alone["RA"]["gaussian_noise"]
     assert oracle["TA"] == standard["TA"]
+
+
+def test_learnt_weights_come_from_validation_images_and_are_kept(
+    models, cifar, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(learning, "STEPS", 3)
+    seen, splits, learn, load = [], [], model_patching.learn, model_patching.corrupted_set
+
+    def spy(model, signatures, parts, labels, **how):
+        seen.append((parts, labels))
+        return learn(model, signatures, parts, labels, **how)
+
+    monkeypatch.setattr(model_patching, "learn", spy)
+    monkeypatch.setattr(
+        model_patching, "corrupted_set", lambda *a: (splits.append(a[2]), load(*a))[1]
+    )
+    argv = patch_arguments(models, cifar, "fog", "gaussian_noise", "--keep_num", 2)
+    a = patch(*argv, "--learn_alpha", "layer", "--save_signature", tmp_path)
+    (parts, labels), val = seen[0], datasets.load("cifar10", cifar, "val")
+    assert torch.equal(parts[0], val.images) and torch.equal(labels, val.labels)
+    assert len(parts) == 3 and splits[2:4] == ["val", "val"]  # behind the test sets
+    weights = a["rows"][1]["weights"]
+    assert json.loads((tmp_path / "results.json").read_text())["rows"][1]["weights"] == weights
+    kept = RobustWeightSignature.load(tmp_path / "composed.rws").weights
+    assert {name: w.tolist() for name, w in kept.items()} == weights
+    assert "w fog" in signature_file.describe(tmp_path / "composed.rws")
+    b = patch(*argv[:9], *argv[13:15], "--signature", tmp_path / "composed.rws")
+    assert b["rows"][1]["RA"] == a["rows"][1]["RA"] and b["rows"][1]["TA"] == a["rows"][1]["TA"]
+    patch(*argv, "--learn_alpha", "signature", "--unlabeled")
+    assert seen[1][1] is None
 
 
 def test_transfer_to_another_data_set_and_a_later_backbone(models, cifar, tmp_path):

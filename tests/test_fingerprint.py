@@ -219,7 +219,7 @@ def test_batch_norm_comes_from_the_signature(signatures):
 
 def test_strengths_are_the_smallest_that_lose_little(model, signatures, monkeypatch):
     monkeypatch.setattr(fingerprint, "SLACK", 4.0)
-    images = synthetic.load("val").images[:100]
+    images = synthetic.load("val").images[:50]
     parts = [corrupt(images, "contrast", s) for s in range(1, 6)]
     with torch.no_grad(), patch(model, signatures[2], 0.5):  # right at α = 0.5, all of them
         labels = [model(part.float() / 255).argmax(1) for part in parts]
@@ -234,8 +234,8 @@ def test_strengths_are_the_smallest_that_lose_little(model, signatures, monkeypa
             with torch.no_grad(), patch(model, signatures[2], alpha):
                 right[alpha] = (model(part.float() / 255).argmax(1) == theirs).sum().item()
         assert max(right, key=right.get) == 0.5
-        slow.append(0.25 if right[0.25] >= 96 else 0.5)
-        assert right[0.0] < 96  # or it would be 0
+        slow.append(0.25 if right[0.25] >= 48 else 0.5)
+        assert right[0.0] < 48  # or it would be 0
     assert found == slow
 
 

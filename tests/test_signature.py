@@ -221,7 +221,7 @@ def test_scale_and_sum(study):
         a + replace(a, arch="vgg13")
     plain = study.extract(method=Method(project=False), keep_num=2, corruption="snow")
     for one, two in ((a, plain), (plain, a)):
-        with pytest.raises(InputError, match="no projection.*extract them alike"):
+        with pytest.raises(InputError, match=r"no projection.*extract them alike"):
             one + two
     with pytest.raises(InputError, match=study.first):
         a + replace(a, tensors={study.first: torch.zeros(1)})

@@ -100,7 +100,9 @@ def strengths(
         best, strength = 0.0, STRENGTHS[-1]
         for alpha in reversed([a for a in STRENGTHS if a >= max(found, default=0)]):
             named = _patched(model, signature if alpha else None, alpha)
-            batches = zip(images.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True)
+            batches = zip(
+                images.to(labels.device).split(_AT_ONCE), labels.split(_AT_ONCE), strict=True
+            )
             right = sum(
                 (functional_call(model, named, some.float() / 255).argmax(1) == theirs).sum().item()
                 for some, theirs in batches
