@@ -14,6 +14,8 @@ Several values of --keep_num or --alpha give a row of the table each. Signatures
     ... --quantization 16 --save_signature signatures        # signatures/gaussian_noise.rws, packed
     python model_patching.py --dataset cifar10 --arch vgg16 --data data/cifar10 \\
         --base_model standard.pth.tar --signature signatures/gaussian_noise.rws --alpha 0.5 1
+
+Of several every image can choose its own: --signature signatures/*.rws --choose 1
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
+import torch
 from torch import Tensor, nn
 
 import datasets
-from datasets import flags
+from datasets import bank, flags
 from datasets.corrupted import Copies, corrupted_set
 from datasets.corruptions import CORRUPTIONS
 from datasets.images import ImageSet, fingerprint
@@ -41,6 +44,7 @@ from utils import checkpoint as ckpt
 from utils.batchnorm import has_batchnorm, reestimate
 from utils.engine import arithmetic, choose_device, evaluate, to_device, use_amp
 from utils.errors import script_errors
+from utils.fingerprint import SignatureBank
 from utils.measurements import Measurements
 from utils.signature import Method, RobustWeightSignature, patch
 
@@ -61,6 +65,7 @@ class Patching:
         self.args, self.method = args, method
         self.device = choose_device(args.device)
         self.amp = use_amp(self.device, args.amp)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, self.amp)
         self.stored = sources.load_signatures(args)
         self.states, self.severities = sources.load_states(args)
         stored = {c: s.severity or args.severity for s in self.stored for c in s.corruptions}
@@ -97,6 +102,10 @@ class Patching:
     def _clean_train(self) -> ImageSet:
         return flags.load_images(self.args, self.args.data, "train")
 
+    @functools.cached_property
+    def validation(self) -> ImageSet:
+        return flags.load_images(self.args, self.args.data, "val")
+
     # ---- signatures and patches ----------------------------------------------------------
 
     def signature(self, name: str, **knobs: object) -> RobustWeightSignature:
@@ -115,6 +124,16 @@ class Patching:
                 seed=self.args.seed,
             )
         return self._signatures[name, method]
+
+    def fingerprinted(self, signature: RobustWeightSignature) -> RobustWeightSignature:
+        """`signature` with all that a bank needs: fingerprint, and statistics of batch norm."""
+        if has_batchnorm(self.target) and not signature.statistics:
+            with self.patched([signature], [1.0]) as model:
+                kept = {k: t.clone() for k, t in model.named_buffers() if "running_" in k}
+            signature = replace(signature, statistics=kept)
+        how = Copies(5, self.args.seed, None, self.args.frost_dir, self.device)
+        with self.autocast:
+            return bank.fingerprinted(signature, self.target, self.validation, how)
 
     @contextlib.contextmanager
     def patched(
@@ -234,7 +253,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     signature = parser.add_argument_group("signature")
     arguments.add(signature, "keep_num", nargs="+", default=None)
     arguments.add(signature, arguments.METHOD.removeprefix("keep_num "))
-    arguments.add(signature, "alpha finetune_alpha signature")
+    arguments.add(signature, "alpha finetune_alpha signature choose")
     arguments.add(parser.add_argument_group("output"), "save_signature save_log save_model")
     arguments.add(parser, "device amp")
     args = parser.parse_args(argv)
@@ -257,10 +276,13 @@ def run(args: argparse.Namespace) -> dict:
     """Patch and evaluate as `args` (from `parse_args`) says; gives the table and its source."""
     run = Patching(args, Method.from_args(args, keep_num=args.keep_num[0]))
     own, every = args.corruption, [name for name in run.sets if name != "clean"]
+    chooser = SignatureBank(run.stored, args.signature) if args.choose else None
     print_header(run)
     standard = {"model": "standard", **run.standard(every)}
     rows, robust = [standard], upper_bound(run)
-    for keep_num in args.keep_num:
+    if chooser:
+        robust = choose(run, chooser, rows)
+    for keep_num in () if chooser else args.keep_num:
         signatures = run.stored or [run.signature(name, keep_num=keep_num) for name in own]
         for weights in weightings(args, len(signatures)):
             kept = " ".join(str(k) for k in dict.fromkeys(s.method.keep_num for s in signatures))
@@ -277,6 +299,8 @@ def run(args: argparse.Namespace) -> dict:
     rows += [robust] if robust else []
     for row in rows:
         row["RA_mean"] = fmean(row["RA"][c] for c in own)
+        if chooser:
+            row["mixture"] = fmean([row["TA"], *(row["RA"][c] for c in own)])
         if robust and row["model"].startswith("patched"):
             ras = standard["RA_mean"], row["RA_mean"], fmean(robust["RA"].values())
             row["recovered"] = report.recovered(*ras)
@@ -287,7 +311,7 @@ def run(args: argparse.Namespace) -> dict:
         places.append(Path(args.save_signature) / "results.json")
         for name, signature in zip(own, signatures, strict=True):
             path = places[-1].with_name(f"{name}.rws")
-            print(f"{path}: {signature.save(path):,} bytes")
+            print(f"{path}: {run.fingerprinted(signature).save(path):,} bytes")
     data = run.prints["clean"]
     result = {"rows": rows, "sources": run.sources, "arguments": vars(args), "data": data}
     result |= report.provenance(run.device)
@@ -296,6 +320,24 @@ def run(args: argparse.Namespace) -> dict:
     if args.save_log:
         log.update(Path(args.save_log), standard, rows[1])
     return result
+
+
+def choose(run: Patching, chooser: SignatureBank, rows: list[dict]) -> dict:
+    """Add the row where images choose to that of the standard model; gives the oracle's.
+
+    The oracle knows the corruption of every image, and patches with its signature at α = 1.
+    """
+    n = run.args.choose
+    with run.autocast:
+        ways = bank.calibrated(chooser, run.target, run.validation, [n])
+        (found,) = bank.measure(chooser, run.target, run.sets, ways)
+        chosen, plain = bank.seconds(chooser, run.target, run.sets, n)
+    print(f"{bank.named_table(found['named'])}\n")
+    print(f"{1e3 * chosen:.2f} ms an image, {chosen / plain:.2f} × a plain forward pass\n")
+    title = f"patched, {n} at a time choose"
+    rows.append({"model": title, "TA": found["RA"].pop("clean"), **found})
+    ra = {s.name: run.with_patch([s], [1.0], [s.name])["RA"][s.name] for s in run.stored}
+    return {"model": "each its own signature", "TA": rows[0]["TA"], "RA": ra}
 
 
 def upper_bound(run: Patching) -> dict | None:
@@ -335,7 +377,9 @@ def print_header(run: Patching) -> None:
         "model": f"{args.arch}: {args.patched_model or args.base_model}",
         "signatures": " ".join(args.signature)
         or f"{' + '.join(args.corruption)}, keep_num {' '.join(map(str, args.keep_num))}",
-        "weights": "; ".join(" ".join(f"{w:g}" for w in weights) for weights in every),
+        "weights": f"chosen, {args.choose} images at a time"
+        if args.choose
+        else "; ".join(" ".join(f"{w:g}" for w in weights) for weights in every),
         "test images": f"{len(clean):,} of {clean.name}, clean and corrupted at severity "
         f"{args.severity} ({'; '.join(origins)})",
         **flags.frost_note(run.sets, args.frost_dir),

@@ -123,7 +123,10 @@ class RobustWeightSignature:
     also θ_c − θ_std of the batch-norm affine parameters and downsample branches of every stage.
     `pretrained`, `standard` and `robust` are hashes of the source backbones
     (`utils.checkpoint.backbone_hash`); `codes` are those of a quantized signature's tensors.
-    Raises InputError for NaN or Inf inside.
+    Also float32 tensors by name, empty where not known: `statistics`, the batch-norm running
+    statistics of θ_std with the signature on at α = 1 (`utils.batchnorm`); `fingerprint` of its
+    corruption; `weights`, those of the signatures that it is the sum of, where learnt
+    (`utils.learn`). Raises InputError for NaN or Inf inside.
     """
 
     tensors: dict[str, Tensor]
@@ -136,9 +139,13 @@ class RobustWeightSignature:
     standard: str | None = None
     robust: tuple[str, ...] = ()
     codes: dict[str, quantize.Quantized] = field(default_factory=dict, repr=False)
+    statistics: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    fingerprint: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        for key, tensor in self.tensors.items():
+        parts = (self.tensors, self.statistics, self.fingerprint, self.weights)
+        for key, tensor in (item for part in parts for item in part.items()):
             if not torch.isfinite(tensor).all():
                 raise InputError(f"signature of {self.name}: NaN or Inf in {key}")
 
@@ -239,6 +246,7 @@ class RobustWeightSignature:
             corruptions=(*self.corruptions, *other.corruptions),
             robust=(*self.robust, *other.robust),
             codes={},
+            fingerprint={},
             **{f: None for f in same if getattr(self, f) != getattr(other, f)},
         )
 
@@ -354,6 +362,14 @@ def patch(model: nn.Module, signature: RobustWeightSignature, alpha: float = 1.0
     Raises InputError, before anything is changed, when the model lacks a key or a shape differs;
     warns when the model is known to descend from other pretrained weights.
     """
+    check_fits(model, signature)
+    handle = Patch(model, signature, alpha)
+    _PATCHES.setdefault(model, []).append(handle)
+    return handle
+
+
+def check_fits(model: nn.Module, signature: RobustWeightSignature) -> None:
+    """Raise InputError, and warn, where `patch` does."""
     parameters = dict(model.named_parameters())
     name = f"signature of {signature.name}"
     for key, tensor in signature.tensors.items():
@@ -369,6 +385,3 @@ def patch(model: nn.Module, signature: RobustWeightSignature, alpha: float = 1.0
             f"the model from {lineage}",
             stacklevel=1,
         )
-    handle = Patch(model, signature, alpha)
-    _PATCHES.setdefault(model, []).append(handle)
-    return handle

@@ -42,6 +42,12 @@ def check(args: argparse.Namespace) -> None:
             kept = method.unquantized().flags()
             flag = next(f for f in method.flags() if f.startswith("--") and f not in kept)
             raise InputError(f"{flag} goes with --quantization; give both")
+    if args.choose:
+        if not args.signature:
+            raise InputError("--choose needs a bank: name its files with --signature")
+        more = [f for f in ("finetune_alpha", "save_log", "save_model") if getattr(args, f)]
+        if clash := ["alpha"] * (args.alpha != [1.0]) + more:
+            raise InputError(f"--{clash[0]} is for one patch, --choose takes one for every image")
     count = len(args.signature or args.corruption)
     if args.finetune_alpha is not None and len(args.finetune_alpha) != count:
         given = len(args.finetune_alpha)
