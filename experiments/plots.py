@@ -201,8 +201,8 @@ def heat_map(
         distances = np.clip(1 - (values + values.T) / 2, 0, None)
         np.fill_diagonal(distances, 0)
         linkage = hierarchy.linkage(squareform(distances, checks=False), "average")
-        look = {"orientation": "right", "color_threshold": 0, "leaf_font_size": 8, "ax": panels[0, 1]}
-        hierarchy.dendrogram(linkage, labels=rows, **look)
+        look = {"orientation": "right", "color_threshold": 0, "leaf_font_size": 8}
+        hierarchy.dendrogram(linkage, labels=rows, ax=panels[0, 1], **look)
         panels[0, 1].set_xlabel("1 − cosine")
     save(figure, path)
 
