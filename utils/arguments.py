@@ -144,6 +144,7 @@ FLAGS = {
         const=IMAGENET,
     ),
     "pretrained_path": flag("the file of --pretrained", "FILE"),
+    "checkpoint_key": flag("where in foreign checkpoints the weights are, e.g. model_ema", "KEY"),
     "keep_head": switch(
         "start from the head of --pretrained too: train a model of these classes on"
     ),
