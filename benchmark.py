@@ -3,6 +3,7 @@
     python benchmark.py train --data data/cifar10      # ours, the ceiling, the classic way
     python benchmark.py evaluate --dataset synthetic --arch resnet50 --device cuda
     python benchmark.py signature                      # patch, project, store
+    python benchmark.py check --device cuda            # whether a new kind of GPU computes right
 
 The ways of a comparison take turns, a window of time each. The table has the median over the
 windows, their spread (largest less smallest) and speeds relative to the best of a group.
@@ -19,7 +20,7 @@ import itertools
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -37,6 +38,7 @@ from datasets.corruptions import CORRUPTIONS, corrupt
 from datasets.images import ImageSet
 from datasets.loader import BatchLoader, augmentation_for, evaluation_batches
 from datasets.normalization import normalization
+from device_checks import Ways, check, measure
 from models import build_model
 from models.vgg import MIN_SIDE, VGGS
 from utils import arguments, engine, report
@@ -45,24 +47,10 @@ from utils.errors import InputError, script_errors
 from utils.files import check_writable, write_text
 from utils.signature import Method, RobustWeightSignature, patch, project_out
 
-Ways = Mapping[str, Callable[[], object]]
 GROUPS = ("classic", "ceiling", "one by one", "fixed")  # ways by the beginning of their names
 RESAMPLED = ("gaussian_noise", "glass_blur", "snow", "jpeg_compression")  # one of each family
 # A batch learnt by heart has gradients that are denormal numbers, which take a CPU longer.
 TINY_LR = 1e-6
-
-
-def measure(ways: Ways, seconds: float, windows: int) -> dict[str, list[float]]:
-    """Seconds per call of each way in each window of at least `seconds`, warm; they take turns."""
-    from torch.utils.benchmark import Timer  # may log that it finds no GPU, which is no error
-
-    threads = torch.get_num_threads()
-    timers = {way: Timer("f()", globals={"f": f}, num_threads=threads) for way, f in ways.items()}
-    found: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(windows):
-        for way, timer in timers.items():
-            found[way].append(timer.blocked_autorange(min_run_time=seconds).median)
-    return found
 
 
 def compare(
@@ -265,7 +253,7 @@ def resampling(args: Namespace, device: torch.device) -> Iterator[dict]:
     form = (args.batch_size, augmentation_for(images.name), device, True)
 
     def draw(name: str, epoch: int) -> Tensor:
-        how = Copies(args.severity, seed=epoch, frost_dir=args.frost_dir, device=device)
+        how = Copies(args.severity, epoch, None, args.frost_dir, device, resident=True)
         return corrupted_set(images, name, "train", how).images
 
     loaders = {"fixed": BatchLoader(images, *form)}
@@ -333,6 +321,7 @@ STAGES = {
     "signature": (signature, "arch keep_num quantization quantization_type"),
     "resample": (resampling, f"arch amp corruption severity frost_dir {DATA}"),
     "accuracy": (accuracy, f"arch amp workers epochs lr seeds {DATA}"),
+    "check": (check, ""),
 }
 DEFAULTS = {
     "train": {"images": (512, 50_000)},
@@ -352,7 +341,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     for name, (function, names) in STAGES.items():
         command = stages.add_parser(name, help=function.__doc__, description=function.__doc__)
         arguments.add(command, f"{names} device threads windows seconds out", FLAGS)
-        command.set_defaults(**DEFAULTS[name])
+        command.set_defaults(**DEFAULTS.get(name, {}))
     args = parser.parse_args(argv)
     if args.out:
         check_writable(args.out)
@@ -364,8 +353,6 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     device = engine.choose_device(args.device)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # the clock waits for this one
     if isinstance(getattr(args, "images", None), tuple):
         args.images = args.images[device.type != "cpu"]
     function, _ = STAGES[args.stage]
@@ -397,4 +384,4 @@ def _mean_sd(values: Sequence[float]) -> str:
 
 if __name__ == "__main__":
     with script_errors():
-        main()
+        raise SystemExit(any(row.get("result") == "fail" for row in main()))

@@ -43,7 +43,7 @@ from tqdm import tqdm
 import datasets
 from datasets import flags
 from datasets.corrupted import MADE, Copies, copy_names, corrupted_set, generate_chunks, made_in
-from datasets.corruptions import CORRUPTIONS, SEVERITIES
+from datasets.corruptions import CORRUPTIONS, SEVERITIES, constants_for
 from datasets.corruptions.frost_texture import PHOTOGRAPHS
 from datasets.images import ImageSet, fingerprint, stable_seed
 from utils import report
@@ -371,6 +371,7 @@ def facts_of(args: argparse.Namespace, sets: dict[str, ImageSet], device: torch.
     } | {
         "corruptions": ", ".join(args.corruption),
         "severity": " ".join(map(str, args.severity)),
+        "constants": " ".join({constants_for(clean.images) for clean in sets.values()}),
         **flags.frost_note(args.corruption, args.frost_dir),
         "seed": args.seed,
         "device": report.device_name(device),

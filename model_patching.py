@@ -83,6 +83,7 @@ class Patching:
         measured = CORRUPTIONS if args.test_all_corruptions else args.corruption
         sets = {"clean": clean}
         sets |= {c: self.corrupted(clean, c, "test", args.severity) for c in measured}
+        self.sources = {name: images.source for name, images in sets.items()}
         self.sets = {  # on the device, where a sweep reads them again and again, if there is room
             name: images.to(self.device) if fits(images.images, self.device) else images
             for name, images in sets.items()
@@ -145,7 +146,8 @@ class Patching:
     def corrupted(self, clean: ImageSet, name: str, split: str, severity: int) -> ImageSet:
         """The `name` copy of a clean split: published under --corruption_data, or generated."""
         args = self.args
-        how = Copies(severity, args.seed, args.corruption_data, args.frost_dir, self.device)
+        where = args.corruption_data, args.frost_dir, self.device
+        how = Copies(severity, args.seed, *where, resident=True)
         return corrupted_set(clean, name, split, how)
 
     def _training_batches(self, name: str) -> BatchLoader:
@@ -278,7 +280,7 @@ def run(args: argparse.Namespace) -> dict:
         if robust and row["model"].startswith("patched"):
             ras = standard["RA_mean"], row["RA_mean"], fmean(robust["RA"].values())
             row["recovered"] = report.recovered(*ras)
-    print(report.patching_table(rows, own))
+    print(report.patching_table(rows, own, run.sources))
     report.warn_below_chance(rows, len(run.sets["clean"].classes))
     places = [Path(f"{file}.json") for file in (args.save_log, args.save_model) if file]
     if args.save_signature:
@@ -287,7 +289,7 @@ def run(args: argparse.Namespace) -> dict:
             path = places[-1].with_name(f"{name}.rws")
             print(f"{path}: {signature.save(path):,} bytes")
     data = run.prints["clean"]
-    result = {"rows": rows, "arguments": vars(args), "data": data}
+    result = {"rows": rows, "sources": run.sources, "arguments": vars(args), "data": data}
     result |= report.provenance(run.device)
     for place in places:
         report.write_json(place, result)
@@ -328,14 +330,14 @@ def print_header(run: Patching) -> None:
     """Say what is about to be patched and measured."""
     args, clean = run.args, run.sets["clean"]
     every = weightings(args, len(args.signature or args.corruption))
-    origins = sorted({images.source for name, images in run.sets.items() if name != "clean"})
+    origins = sorted({source for name, source in run.sources.items() if name != "clean"})
     facts = {
         "model": f"{args.arch}: {args.patched_model or args.base_model}",
         "signatures": " ".join(args.signature)
         or f"{' + '.join(args.corruption)}, keep_num {' '.join(map(str, args.keep_num))}",
         "weights": "; ".join(" ".join(f"{w:g}" for w in weights) for weights in every),
         "test images": f"{len(clean):,} of {clean.name}, clean and corrupted at severity "
-        f"{args.severity} ({', '.join(origins)})",
+        f"{args.severity} ({'; '.join(origins)})",
         **flags.frost_note(run.sets, args.frost_dir),
         "device": f"{report.device_name(run.device)}, {arithmetic(run.device, run.amp, args.amp)}",
     }

@@ -4,7 +4,7 @@ The paper's recipe: SGD, 50 epochs, lr 0.01 × 0.1 at epochs 20 and 40, batch 12
 
     # the standard model θ_std
     python train_corruption.py --pretrained --data data/cifar10 --save_dir runs/vgg16/standard
-    # a robust model θ_c; the corrupted copy is made in memory unless --data holds one
+    # a robust model θ_c; the corrupted copy is read from --data, or made without it
     python train_corruption.py --pretrained --dataset cifar10-c --corruption gaussian_noise \\
         --data data/cifar10-c --std_data data/cifar10 --save_dir runs/vgg16/robust/gaussian_noise
     # one model on several GPUs, each taking its part of every batch
@@ -33,7 +33,7 @@ import datasets
 from datasets import cache, flags
 from datasets.corrupted import Copies, corrupted_set, mixed_training_set
 from datasets.images import ImageSet, fingerprint, stable_seed
-from datasets.loader import BatchLoader, augmentation_for, evaluation_batches
+from datasets.loader import BatchLoader, augmentation_for, evaluation_batches, fits
 from datasets.normalization import normalization
 from models import build_model
 from models.vgg import MIN_SIDE, VGGS
@@ -90,14 +90,17 @@ def load_data(args: Namespace, device: torch.device) -> tuple[ImageSet, ImageSet
         hint = "; --std_data names the clean set" if args.corruption and not args.std_data else ""
         raise InputError(said + hint) from error
     warn_of_overlap(val, test)
-    how = Copies(args.severity, args.seed, args.data, args.frost_dir, device)
+    named = args.std_data is not None  # --data is the clean set else
+    where = args.data, args.frost_dir, device, named
+    how = Copies(args.severity, args.seed, *where, resident=True)
     images = train
     if args.corruption:
         # A published copy would be the same in every epoch.
         drawn = replace(how, root=None) if args.resample_corruption else how
         images = mixed_training_set(train, args.corruption, drawn)
     of_val = {c: corrupted_set(val, c, "val", how) for c in args.corruption}
-    of_test = {c: corrupted_set(test, c, "test", how) for c in args.corruption}
+    later = replace(how, resident=False)  # the test comes when training is done
+    of_test = {c: corrupted_set(test, c, "test", later) for c in args.corruption}
     return images, train, {"clean": val, **of_val}, {"clean": test, **of_test}
 
 
@@ -111,10 +114,12 @@ def warn_of_overlap(val: ImageSet, test: ImageSet) -> None:
 
 def redraw(args: Namespace, clean: ImageSet, device: torch.device) -> Callable[[int], Tensor]:
     """For --resample_corruption: epoch → its training images, each under the same corruption."""
+    if fits(clean.images, device):
+        clean = clean.to(device)
 
     def images(epoch: int) -> Tensor:
         seed = stable_seed("epoch", args.seed, epoch)
-        how = Copies(args.severity, seed, None, args.frost_dir, device)
+        how = Copies(args.severity, seed, None, args.frost_dir, device, resident=True)
         return mixed_training_set(clean, args.corruption, how, partition_seed=args.seed).images
 
     return images
@@ -179,11 +184,11 @@ def fine_tune(args: Namespace, folder: Path) -> dict:
         options["resample"] = redraw(args, clean, device)
     options |= {"device": device, "rank": distributed.rank(), "ranks": distributed.ranks()}
     loader = BatchLoader(images, args.batch_size, **options)
-    clean_print = fingerprint(clean)
-    del clean  # as large as the training images
+    clean_print, data_print, source = fingerprint(clean), fingerprint(images), images.source
     check_images(args, loader)
     sets = {"train": images, "val": val["clean"], "test": test["clean"]}
     print_header(args, sets, pretrained_hash, loader, amp)
+    del clean, images, sets  # all but what the loader keeps
 
     model = distributed.synchronized(engine.to_device(model, device, amp))
     if args.compile:
@@ -227,8 +232,7 @@ def fine_tune(args: Namespace, folder: Path) -> dict:
             states = {name: part.state_dict() for name, part in parts.items()}
             content = {**states, "rng": torch.get_rng_state(), "amp": amp, **progress, **run}
             remove_earlier(folder, everything=epoch == 1)
-            for name in (*better, ckpt.LAST):
-                ckpt.save(content, folder / name)
+            ckpt.save(content, *(folder / name for name in (*better, ckpt.LAST)))
 
     # Validation has chosen; the test images are read once, by the chosen model.
     path = folder / (ckpt.BEST_RA if args.corruption else ckpt.BEST_SA)
@@ -238,7 +242,9 @@ def fine_tune(args: Namespace, folder: Path) -> dict:
     for_test = {name: evaluation_batches(part, device) for name, part in test.items()}
     ta, ras = accuracies(model, for_test, amp, "test")
     result = {"model": path.name, "epoch": chosen["epoch"], "TA": ta, "RA": ras}
-    result |= {"history": progress["history"], "arguments": vars(args), "data": fingerprint(images)}
+    sources = {"train": source, **{name: part.source for name, part in test.items()}}
+    result |= {"sources": sources, "history": progress["history"], "arguments": vars(args)}
+    result |= {"data": data_print}
     result |= report.provenance(device)
     if distributed.rank() == 0:
         report.write_json(folder / "results.json", result)
@@ -319,7 +325,7 @@ def print_header(
     size = f"{height}×{width}, {len(images.classes)} classes"
     facts = {"model": f"{args.arch}, {kind}", "data": f"{images.name}, {size}: {counts}"}
     if args.corruption:
-        source = "drawn anew in every epoch" if args.resample_corruption else images.source
+        source = images.source + ", drawn anew in every epoch" * args.resample_corruption
         facts["corrupted"] = f"severity {args.severity}, {source}"
     how = [report.device_name(loader.device), engine.arithmetic(loader.device, amp, args.amp)]
     how += [name for name in ("compile", "deterministic") if getattr(args, name)]

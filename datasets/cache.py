@@ -27,12 +27,17 @@ from utils.files import replacing
 
 WORKERS: int | None = None  # threads that decode images; None: one per core, at most 16
 # Part of every fingerprint: raise it when decoding or resizing changes.
-FORMAT = 1
+FORMAT = 2
 # No training image comes near; a file that claims more is a decompression bomb or a mistake.
 MAX_PIXELS = 50_000_000
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"))
 # What Pillow may open. It goes by content, and for some others (EPS) starts an interpreter.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
+# What Pillow converts to RGB without loss.
+EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")
+# Folders that systems and programs leave beside people's files, besides those with a dot in front.
+DEBRIS = ("__MACOSX", "__pycache__", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN")
+DEBRIS += ("lost+found", "System Volume Information")
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 # Images per piece of work: large enough to amortize the hand-over, small enough to spread evenly.
 _PIECE = 256
@@ -48,10 +53,21 @@ def reading(place: object) -> Iterator[None]:
         raise InputError(f"cannot read {where}: {error.strerror or error}") from error
 
 
+def is_debris(name: str) -> bool:
+    """Whether a file or folder of that name is none of a data set's: hidden, or in DEBRIS."""
+    return name.startswith(".") or name in DEBRIS
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders directly in `folder`, sorted by name, debris passed over."""
+    with reading(folder):
+        return sorted(p for p in folder.iterdir() if not is_debris(p.name) and p.is_dir())
+
+
 def list_images(folder: Path) -> list[str]:
     """Names of all image files under `folder`, at any depth: relative to it, "/" between, sorted.
 
-    Files with other suffixes, and files and folders whose name starts with a dot, are passed over.
+    Files with other suffixes, and debris, are passed over.
     Raises InputError when the folder can't be read or holds no images.
     """
 
@@ -61,10 +77,10 @@ def list_images(folder: Path) -> list[str]:
     found = []
     with reading(folder):
         for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+            folders[:] = [name for name in folders if not is_debris(name)]
             prefix = "".join(f"{part}/" for part in Path(place).relative_to(folder).parts)
             for name in names:
-                if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
+                if not is_debris(name) and os.path.splitext(name)[1].lower() in SUFFIXES:
                     found.append(prefix + name)
     if not found:
         raise InputError(f"{folder} holds no images")
@@ -85,8 +101,9 @@ def resized(image: Image.Image, side: int) -> Image.Image:
 def read_image(path: str | os.PathLike, image_size: int | None = None) -> Image.Image:
     """Decode one file to RGB, resized to image_size×image_size where that is given.
 
-    Raises InputError naming the file when it is empty, truncated, over MAX_PIXELS or in none of
-    FORMATS.
+    Of integers of more than 8 bits the highest 8 are kept, as Pillow does for three channels.
+    Raises InputError naming the file when it is empty, truncated, over MAX_PIXELS, in none of
+    FORMATS or in a mode whose range is not known, as of floats.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -94,13 +111,25 @@ def read_image(path: str | os.PathLike, image_size: int | None = None) -> Image.
                 raise ValueError(
                     f"{image.width}×{image.height} pixels, the limit is {MAX_PIXELS:,}"
                 )
-            rgb = image.convert("RGB")
+            rgb = _eight_bits(image).convert("RGB")
     # Decoders meet damaged files with anything from OSError to struct.error and IndexError.
     except Exception as error:
         empty = os.path.exists(path) and not os.path.getsize(path)
         reason = "empty file" if empty else str(error) or type(error).__name__
         raise InputError(f"{path}: not a readable image ({reason})") from error
     return rgb if image_size is None else resized(rgb, image_size)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """`image` with 8 bits a channel; ValueError for floats and signed integers."""
+    if image.mode in EIGHT_BITS:
+        return image
+    tags = image.tag_v2 if image.format == "TIFF" else {}  # others have 16, PGM scaled to that
+    bits, kind, black = tags.get(258, [16])[0], tags.get(339, [1])[0], tags.get(262, 1)
+    if not image.mode.startswith("I") or kind != 1 or black != 1:  # signed, or 0 is white
+        raise ValueError(f"mode {image.mode}: save it as unsigned integers of 8 or 16 bits")
+    values = np.asarray(image).astype(np.int64) % 2**bits  # Pillow has 32 bits as signed
+    return Image.fromarray((values >> bits - 8).astype(np.uint8))
 
 
 def read_images(

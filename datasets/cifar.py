@@ -16,36 +16,48 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 
 from datasets import image_folder
-from datasets.cache import resized
+from datasets.archives import located
+from datasets.cache import folders_in, resized
 from datasets.images import ImageSet, split_rows
 from utils.errors import InputError
 
 PUBLISHED = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+_OTHERS = {  # what people have in its place
+    "*.npy": "the .npy files are a corrupted copy",
+    "*.bin": "the .bin files are the binary version, the Python version is read",
+    "*-binary.tar.gz": "the archive is the binary version, the Python version is read",
+}
 
 
 def load(root: Path, split: str, image_size: int | None = None, name: str = "cifar10") -> ImageSet:
     """Load a split of `name` ("cifar10" or "cifar100"): images uint8 (N, 3, 32, 32).
 
-    root: holds cifar-10-batches-py (cifar-100-python), or is that folder, or holds train/ and
-    test/ with one folder of images per class. Where it has neither, the published archive is
-    downloaded into it. image_size: side to resize to, as in `cache.resized`; None keeps 32.
+    root: holds cifar-10-batches-py (cifar-100-python) or its archive, or is that folder, or holds
+    train/ and test/ with one folder of images per class, or all this lies one folder deeper. Where
+    it has none, the published archive is downloaded into it.
+    image_size: side to resize to, as in `cache.resized`; None keeps 32.
     Raises InputError when nothing is found and nothing can be downloaded, for damaged files and
     for a wrong number of classes.
     """
     published = PUBLISHED[name]
-    for folder in (root / published.base_folder, root):
-        if any((folder / file).is_file() for file, _ in published.train_list):
-            return _load_pickles(folder, split, image_size, name)
-    if not (root / "train").is_dir():
-        return _load_pickles(_download(root, name), split, image_size, name)
-    part = image_folder.part(root, split)
     wanted = int(name.removeprefix("cifar"))
-    if len(part.classes) != wanted:
+
+    def has_pickles(folder: Path) -> bool:
+        return any((folder / file).is_file() for file, _ in published.train_list)
+
+    def classes_in(folder: Path) -> int:
+        return len(folders_in(folder / "train")) if (folder / "train").is_dir() else 0
+
+    places = root, published.base_folder, published.filename
+    folder = located(*places, lambda place: has_pickles(place) or classes_in(place) == wanted)
+    if folder is None and (count := classes_in(root)):
         raise InputError(
-            f"{root / 'train'} holds {len(part.classes)} class folders, {name} has {wanted}: for "
-            "another set use --dataset folder"
+            f"{root / 'train'} holds {count} class folders, {name} has {wanted}: for another set "
+            "use --dataset folder"
         )
-    return part.load(name, split, image_size)
+    if folder is None or has_pickles(folder):
+        return _load_pickles(folder or _download(root, name), split, image_size, name)
+    return image_folder.part(folder, split).load(name, split, image_size)
 
 
 def _load_pickles(folder: Path, split: str, image_size: int | None, name: str) -> ImageSet:
@@ -76,14 +88,18 @@ def _verified(folder: Path, name: str, train: bool) -> CIFAR10:
             folder / file for file, md5 in files if not check_integrity(folder / file, md5)
         )
         what = f"MD5 is not that of the published {name}" if wrong.exists() else "no such file"
-        raise InputError(f"{wrong}: {what}; delete {folder} to download it again") from None
+        raise InputError(
+            f"{wrong}: {what}; images of your own go into train/<class>/ and test/<class>/ "
+            f"folders; to have {name} downloaded, name another --data"
+        ) from None
 
 
 def _download(root: Path, name: str) -> Path:
     published = PUBLISHED[name]
     looked_for = f"neither {published.base_folder}/ nor train/<class>/ folders of images there"
-    if root.is_dir() and any(root.glob("**/*.npy")):
-        raise InputError(f"--data {root}: {looked_for}; the .npy files are a corrupted copy")
+    for pattern, what in _OTHERS.items() if root.is_dir() else ():
+        if any(root.glob(f"**/{pattern}")):
+            raise InputError(f"--data {root}: {looked_for}; {what}")
     try:
         # urllib alone would wait for minutes where there is no network.
         socket.create_connection(("www.cs.toronto.edu", 443), timeout=5).close()

@@ -1,6 +1,6 @@
 """Corrupted copies of a clean set: read from a published layout, or generated in memory.
 
-Layouts (root is the folder given, or a CIFAR-10-C, CIFAR-100-C or Tiny-ImageNet-C folder in it):
+Layouts (root is the folder given, or one in it; names may differ in case and in - _ or spaces):
     NAME.npy, labels.npy                     CIFAR-10-C: test, severity s in rows N(s-1) to Ns of 5N
     train/NAME.npy, test/NAME.npy            one severity, each with a labels.npy beside it
     [train/|val/|test/]NAME/SEVERITY/CLASS/* Tiny-ImageNet-C: image files; without a part, test
@@ -11,6 +11,7 @@ the clean set's rows, so both share one split.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,14 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.cache import list_images, read_images
-from datasets.corruptions import SEVERITIES, check, corrupt, corrupt_chunks
+from datasets.cache import folders_in, is_debris, list_images, read_images
+from datasets.corruptions import SEVERITIES, check, constants_for, corrupt, corrupt_chunks
 from datasets.image_folder import labels_of
 from datasets.images import ImageSet, check_split, stable_seed
+from datasets.loader import fits
 from datasets.tiny_imagenet import published_order, short_name
 from utils.errors import InputError
 
-_PUBLISHED_NAMES = ("CIFAR-10-C", "CIFAR-100-C", "Tiny-ImageNet-C")
 MADE = ".made.json"  # in a folder that make_corruptions.py wrote: {place in it: settings}
 
 
@@ -36,7 +37,9 @@ class Copies:
     """How corrupted copies are come by: read from `root` if they are there, else generated.
 
     root: a folder in a published layout; seed: of the draws; frost_dir: the original frost
-    photographs; device: where images are corrupted.
+    photographs; device: where images are corrupted; named: whether `root` was named for corrupted
+    images, so that it is worth a warning where one is generated; resident: whether what is made
+    stays on the device if it fits, or goes to host memory.
     """
 
     severity: int = 5
@@ -44,6 +47,13 @@ class Copies:
     root: str | Path | None = None
     frost_dir: str | Path | None = None
     device: str | torch.device = "cpu"
+    named: bool = True
+    resident: bool = False
+
+    def room(self, images: Tensor) -> Tensor:
+        """A tensor, not filled, for a copy of `images`."""
+        device = self.device if self.resident and fits(images, self.device) else "cpu"
+        return torch.empty(images.shape, dtype=torch.uint8, device=device)
 
 
 def corrupted_set(clean: ImageSet, corruption: str, split: str, how: Copies) -> ImageSet:
@@ -52,7 +62,8 @@ def corrupted_set(clean: ImageSet, corruption: str, split: str, how: Copies) -> 
     clean: the `split` ("train", "val", "test" or "all") of a clean set, or a subset of it.
     Draws are seeded by (seed, corruption, severity, split): the same images for the same seed.
     Raises InputError for unknown names, and for a published part that is damaged or doesn't fit;
-    warns when published labels differ from the clean set's.
+    warns when published labels differ from the clean set's, when nothing is read from a root that
+    was named, and when images of this size have no constants of their own.
     """
     check(corruption, how.severity)
     check_split(split)
@@ -62,9 +73,18 @@ def corrupted_set(clean: ImageSet, corruption: str, split: str, how: Copies) -> 
             raise InputError(f"{found.source} holds all classes; --classes generates its copy")
         if found is not None:
             return found
+        if how.named:
+            there = sorted(p.name for p in Path(how.root).iterdir() if not is_debris(p.name))
+            looked = ", ".join(_layouts(corruption, how.severity, split))
+            said = (
+                f"{corruption} is generated: {how.root} and the folders in it have none of {looked}"
+            )
+            warnings.warn(f"{said} (there: {', '.join(there[:9]) or 'nothing'})", stacklevel=2)
     draws = draws_of(how.seed, corruption, how.severity, split)
-    images = corrupt(clean.images.to(how.device), corruption, how.severity, draws, how.frost_dir)
-    return replace(clean, images=images.cpu(), source=f"generated, seed {how.seed}")
+    out = how.room(clean.images)
+    corrupt(clean.images, corruption, how.severity, draws, how.frost_dir, how.device, out)
+    source = f"generated, seed {how.seed}, constants of {constants_for(out)}"
+    return replace(clean, images=out, source=source)
 
 
 def generate_chunks(
@@ -95,11 +115,12 @@ def mixed_training_set(
     seed = how.seed if partition_seed is None else partition_seed
     generator = torch.Generator().manual_seed(stable_seed("partition", seed))
     order = torch.randperm(len(clean), generator=generator)
-    images, labels, sources = torch.empty_like(clean.images), clean.labels.clone(), []
+    images, labels, sources = how.room(clean.images), clean.labels.clone(), []
+    how = replace(how, resident=images.is_cuda)  # its parts too
     for k, corruption in enumerate(corruptions[: len(clean)]):  # of more, some get no image
         chosen = order[k :: len(corruptions)].sort().values
         part = corrupted_set(clean.subset(chosen), corruption, split, how)
-        images[chosen] = part.images
+        images[chosen] = part.images.to(images.device)
         labels[chosen] = part.labels
         sources.append(part.source)
     return replace(clean, images=images, labels=labels, source="; ".join(dict.fromkeys(sources)))
@@ -148,18 +169,54 @@ def _find(
     clean: ImageSet, root: Path, corruption: str, severity: int, split: str
 ) -> tuple[Tensor, Tensor, Path] | None:
     """Pixels and labels of the copy of `clean`, and the file or folder they are from."""
-    for base in (root, *(root / name for name in _PUBLISHED_NAMES)):
-        for part in ("", "test") if split == "test" else ("train",):
-            place = base / part / f"{corruption}.npy"
-            if place.is_file():
-                if part:  # one severity only
-                    _check_recorded(base, place, severity)
-                return *_from_array(clean, place, None if part else severity), place
-        for part in ("val", "test", "") if split == "test" else ("train",):
-            place = base / part / corruption / str(severity)
-            if place.is_dir():
-                return *_from_folders(clean, place), place
-    return None
+    if not root.is_dir():
+        raise InputError(
+            f"{root}: no such folder of corrupted images; without it they are generated"
+        )
+    wanted = _layouts(corruption, severity, split)
+    inside = [p for p in folders_in(root) if p.name.lower() not in ("train", "val", "test")]
+    of_this_set = [p for p in inside if _letters(p.name) == f"{clean.name}c"]
+    for bases in ([root], of_this_set, inside):
+        each = [[_alike(base, path) for path in wanted] for base in bases]
+        found = [place for places in each for place in next(filter(None, places), [])]
+        if found:
+            break
+    else:
+        return None
+    place = found[0]
+    if len(found) > 1:
+        there = ", ".join(map(str, found))
+        raise InputError(f"{root}: several copies of {corruption}, name the folder of one: {there}")
+    if place not in [root / path for path in wanted]:
+        warnings.warn(f"{corruption} is read from {place}", stacklevel=2)
+    if place.is_dir():
+        return *_from_folders(clean, place), place
+    if place.parent not in bases:  # train/ or test/, of one severity only
+        _check_recorded(place.parent.parent, place, severity)
+        severity = None
+    return *_from_array(clean, place, severity), place
+
+
+def _layouts(c: str, s: int, split: str) -> list[str]:
+    """Where the copy of corruption `c` and severity `s` may lie, as paths below the root."""
+    if split != "test":
+        return [f"train/{c}.npy", f"train/{c}/{s}"]
+    return [f"{c}.npy", f"test/{c}.npy", f"val/{c}/{s}", f"test/{c}/{s}", f"{c}/{s}"]
+
+
+def _alike(folder: Path, path: str) -> list[Path]:
+    """`path` below `folder`, or else all with the same letters; a file for .npy, else a folder."""
+    found = [folder]
+    for name in path.split("/"):
+        inside = [p for place in found if place.is_dir() for p in sorted(place.iterdir())]
+        found = [p for p in inside if _letters(p.name) == _letters(name) and not is_debris(p.name)]
+    found = [p for p in found if p.is_file() == path.endswith(".npy")]
+    return [folder / path] if folder / path in found else found
+
+
+def _letters(name: str) -> str:
+    """`name` without what spellings differ in: "Gaussian-Noise", "severity_5", "CIFAR-10-C"."""
+    return re.sub(r"[\W_]|severity", "", name.lower())
 
 
 def made_in(base: Path) -> dict[str, dict]:
@@ -172,10 +229,14 @@ def made_in(base: Path) -> dict[str, dict]:
 
 
 def _check_recorded(base: Path, place: Path, severity: int) -> None:
-    """Raise InputError where a one-severity file was made with another severity."""
-    settings = made_in(base).get(place.relative_to(base).as_posix(), {})
-    made = settings.get("severity", [severity])
-    if made != [severity]:
+    """Raise InputError where a one-severity file was made with another severity, warn of none."""
+    letters = _letters(str(place.relative_to(base)))
+    listed = (s for path, s in made_in(base).items() if _letters(path) == letters)
+    made = next(listed, {}).get("severity")
+    if made is None:
+        said = f"no record of the severity of its arrays, taken as --severity {severity}"
+        warnings.warn(f"{place.parent}: {said}", stacklevel=2)
+    elif made != [severity]:
         raise InputError(f"{place} holds severity {made}, --severity is {severity}")
 
 
@@ -183,9 +244,10 @@ def _from_array(clean: ImageSet, place: Path, severity: int | None) -> tuple[Ten
     """The rows of `clean` in NAME.npy; severity None: the file holds one severity only."""
     count = clean.total * (1 if severity is None else SEVERITIES)
     side = clean.images.shape[-1]
-    array = _load_npy(place, np.uint8, (count, side, side, 3))
-    labels_place = place.with_name("labels.npy")
-    if not labels_place.is_file():
+    hint = "" if severity is None else f"; a single severity belongs in {place.parent / 'test'}"
+    array = _load_npy(place, np.uint8, (count, side, side, 3), hint)
+    labels_place = next(iter(_alike(place.parent, "labels.npy")), None)
+    if labels_place is None:
         raise InputError(f"{place} has no labels.npy beside it")
     labels = _load_npy(labels_place, np.integer, (count,))
     if labels.min() < 0 or labels.max() >= len(clean.classes):
@@ -229,7 +291,7 @@ def _from_folders(clean: ImageSet, place: Path) -> tuple[Tensor, Tensor]:
     return pixels, labels[rows]
 
 
-def _load_npy(place: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+def _load_npy(place: Path, dtype: type, shape: tuple[int, ...], hint: str = "") -> np.ndarray:
     """The array in a file, which must be of this shape and of this dtype or kind of dtypes."""
     try:
         array = np.load(place, mmap_mode="r", allow_pickle=False)
@@ -239,7 +301,7 @@ def _load_npy(place: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
         raise InputError(f"{place} is not a readable .npy array: {error}") from error
     if not fits:
         must = f"it must be {dtype.__name__} {shape}"
-        raise InputError(f"{place} holds {array.dtype} {array.shape}; {must}")
+        raise InputError(f"{place} holds {array.dtype} {array.shape}; {must}{hint}")
     return array
 
 

@@ -52,7 +52,8 @@ FLAGS = {
     "data": flag("the clean set", "DIR"),
     "std_data": flag("the clean set, if --data is corrupted", "DIR"),
     "corruption_data": flag(
-        "the corrupted set in a published layout; what is not there is generated from --data", "DIR"
+        "the corrupted set in a published layout; what is not there is generated, with a warning",
+        "DIR",
     ),
     "corruption": several("corruptions by name", "NAME", corruption_name, default=[]),
     "severity": flag(

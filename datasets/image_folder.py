@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from datasets.cache import list_images, read_images, reading
+from datasets.archives import located
+from datasets.cache import folders_in, list_images, read_images
 from datasets.images import ImageSet, split_rows
 from utils.errors import InputError, suggest
 
@@ -63,16 +64,15 @@ def part(root: Path, split: str) -> Part:
     The test part is `test/`, or `val/` where there is no `test/`.
     Raises InputError for a missing folder, a class without images, a test class that train lacks.
     """
+    root, given = located(root, "", "", lambda place: (place / "train").is_dir()), root
+    if root is None:
+        raise InputError(f"--data {given}: no train/<class>/ folders of images there")
     train = root / "train"
-    if not train.is_dir():
-        raise InputError(f"--data {root}: no train/<class>/ folders of images there")
     classes = class_folders(train)
     if split != "test":
         names = list_images(train)
         labels = labels_of(train, names, classes)
-        empty = sorted(set(range(len(classes))) - set(labels.tolist()))
-        if empty:
-            raise InputError(f"{train / classes[empty[0]]} holds no images")
+        check_classes(train, labels, classes)
         return Part(train, names, names, labels, classes, validation_rows(names))
     folder = root / ("test" if (root / "test").is_dir() else "val")
     if not folder.is_dir():
@@ -83,11 +83,17 @@ def part(root: Path, split: str) -> Part:
 
 def class_folders(folder: Path) -> list[str]:
     """Sorted names of the folders in `folder`, which are the classes."""
-    with reading(folder):
-        names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
+    names = [path.name for path in folders_in(folder)]
     if not names:
         raise InputError(f"{folder} holds no <class>/ folders of images")
     return names
+
+
+def check_classes(folder: Path, labels: torch.Tensor, classes: list[str]) -> None:
+    """Raise InputError where one of `classes`, the folders in `folder`, has none of `labels`."""
+    counts = torch.bincount(labels, minlength=len(classes))
+    if not counts.all():
+        raise InputError(f"{folder / classes[int(counts.argmin())]} holds no images")
 
 
 def labels_of(folder: Path, names: list[str], classes: list[str]) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Batches from an image set that lies whole, as uint8, on the device.
 
-Shuffling and augmentation are batched tensor functions there; nothing waits for the host.
-Each augmentation is split into drawing its parameters, once per epoch, and applying them.
+Augmentation is batched tensor functions there; nothing waits for the host. The order and the
+parameters of augmentation are drawn once per epoch, on the CPU, so they are the same everywhere.
 A set too large for the device stays in host memory, and what comes next is copied over meanwhile.
 """
 
@@ -24,11 +24,12 @@ from utils.errors import InputError
 AUGMENTATIONS = ("crop_flip", "rotate_flip")
 CROP_PADDING = 4  # pixels, at 32×32
 MAX_ANGLE = 20.0  # degrees
-# Batches augmented together on an accelerator, where a batch alone is bound by kernel launches.
-_BATCHES_AT_ONCE = 16
+# Batches augmented together on an accelerator, where a batch alone is bound by kernel launches, and
+# their bytes at most: from host memory the next are copied meanwhile.
+_BATCHES_AT_ONCE, _BYTES_AT_ONCE = 16, 2**24
 # Images evaluated at once: on a CPU, and on a GPU at 32×32 (of larger ones as many pixels).
 _EVALUATED_AT_ONCE = {"cpu": 250, "cuda": 5000}
-# Of a GPU's free memory, what images may take; the rest is for weights and activations.
+# Of the GPU memory that this process can have, what all images together may take.
 _SHARE_FOR_IMAGES = 0.5
 
 
@@ -83,16 +84,18 @@ def rotate(images: Tensor, angles: Tensor, flipped: Tensor | None = None) -> Ten
 # Loader
 
 
-def fits(images: Tensor, device: torch.device) -> bool:
-    """Whether `images` can lie on `device` as a whole and leave room for a model."""
-    if device.type != "cuda" or images.is_cuda:
+def fits(images: Tensor, device: str | torch.device) -> bool:
+    """Whether a copy of `images` can lie on `device` and leave room for weights and activations."""
+    device = torch.device(device)
+    if device.type != "cuda":
         return True
+    torch.cuda.empty_cache()  # what stays reserved is in use, or a CUDA graph's
     free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return images.nbytes <= _SHARE_FOR_IMAGES * free
+    kept = (1 - _SHARE_FOR_IMAGES) * (free + torch.cuda.memory_reserved(device))
+    return images.nbytes <= free - kept
 
 
-@functools.lru_cache
+@functools.cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
     """The stream on which all loaders copy images to a GPU; None for a CPU."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -105,9 +108,9 @@ class BatchLoader:
     augment: None, "crop_flip" or "rotate_flip" (`augmentation_for`). shuffle: a new order every
     epoch, and a last batch of a single image is left out (batch norm can't train on one).
     resample: called with the number of each epoch, gives the images to use in it instead
-    of the set's, for corruptions drawn anew. Order and augmentation of epoch e depend on (seed, e),
-    the device's kind and the torch version only; iterating once is one epoch. `state_dict` resumes
-    at the epoch that comes next.
+    of the set's, for corruptions drawn anew. Order and augmentation of epoch e depend on (seed, e)
+    and the torch version only; iterating once is one epoch. `state_dict` resumes at the epoch that
+    comes next.
     rank, ranks: of so many processes that train together, the one this is. All draw alike; each
     gets its own part of every batch, batch_size / ranks images. With shuffle, a last batch of fewer
     than one image for each is left out too.
@@ -142,7 +145,7 @@ class BatchLoader:
             raise InputError(f"{image_set.name}: no images to make batches of")
         self.device = torch.device(self.device)
         if self.resident is None:
-            self.resident = fits(image_set.images, self.device)
+            self.resident = image_set.images.is_cuda or fits(image_set.images, self.device)
         self.images = image_set.images.to(self.device if self.resident else "cpu")
         self.labels = image_set.labels.to(self.device)
 
@@ -173,17 +176,16 @@ class BatchLoader:
         self.seed, self.epoch = int(state["seed"]), int(state["epoch"])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator(self.device)
-        generator.manual_seed(stable_seed("loader", self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(stable_seed("loader", self.seed, self.epoch))
         if self.resample is not None:
-            self.images = self.resample(self.epoch).to(self.images.device)
+            place = self.images.device
+            del self.images  # room for the new ones
+            self.images = self.resample(self.epoch).to(place)
         self.epoch += 1
         count = min(len(self.images), len(self) * self.batch_size)
-        order = torch.arange(count, device=self.device)
+        order = torch.arange(count)
         if self.shuffle:
-            order = torch.randperm(len(self.images), device=self.device, generator=generator)[
-                :count
-            ]
+            order = torch.randperm(len(self.images), generator=generator)[:count]
         draws = self._draw(count, generator)
         if self.ranks > 1:
             part = self._part(count)
@@ -191,7 +193,8 @@ class BatchLoader:
             count = len(part)
         size, together = self.batch_size // self.ranks, self._together()
         chunks = [slice(start, start + together) for start in range(0, count, together)]
-        places = order.to(self.images.device)
+        rows, (order, *draws) = order, map(self._to_device, (order, *draws))
+        places = order if self.resident else rows
         for chosen, images in zip(chunks, self._fetch(places[c] for c in chunks), strict=True):
             images = self._apply(images, [draw[chosen] for draw in draws])
             labels = self.labels[order[chosen]]
@@ -203,7 +206,7 @@ class BatchLoader:
 
         Of a last, smaller batch the processes' parts differ in size by one image at most.
         """
-        places = torch.arange(count, device=self.device)
+        places = torch.arange(count)
         full = count - count % self.batch_size
         batches = places[:full].view(-1, self.ranks, self.batch_size // self.ranks)
         last = places[full:].tensor_split(self.ranks)[self.rank]
@@ -239,20 +242,29 @@ class BatchLoader:
             ahead = next(sent, None)
             yield images
 
+    def _to_device(self, drawn: Tensor) -> Tensor:
+        """`drawn` on the device, without waiting for it."""
+        if self.device.type != "cuda":
+            return drawn.to(self.device)
+        return drawn.pin_memory().to(self.device, non_blocking=True)
+
     def _together(self) -> int:
         """Images augmented at once: on a CPU one batch, which stays in the caches."""
-        batches = 1 if self.device.type == "cpu" else _BATCHES_AT_ONCE
-        return batches * self.batch_size // self.ranks
+        size = self.batch_size // self.ranks
+        if self.device.type == "cpu":
+            return size
+        most = _BYTES_AT_ONCE // (size * math.prod(self.images.shape[1:]))
+        return size * min(max(1, most), _BATCHES_AT_ONCE)
 
     def _draw(self, count: int, generator: torch.Generator) -> list[Tensor]:
         """Augmentation parameters, each (count,), of the whole epoch in a few kernels."""
         if self.augment is None:
             return []
-        on = {"device": self.device, "generator": generator}
-        flips = torch.rand(count, **on) < 0.5
+        flips = torch.rand(count, generator=generator) < 0.5
         if self.augment == "crop_flip":
-            return [*torch.randint(2 * self._padding() + 1, (2, count), **on), flips]
-        return [(torch.rand(count, **on) * 2 - 1) * MAX_ANGLE, flips]
+            span = 2 * self._padding() + 1
+            return [*torch.randint(span, (2, count), generator=generator), flips]
+        return [(torch.rand(count, generator=generator) * 2 - 1) * MAX_ANGLE, flips]
 
     def _apply(self, images: Tensor, draws: list[Tensor]) -> Tensor:
         if self.augment == "crop_flip":

@@ -1,6 +1,7 @@
 """Tiny-ImageNet as unzipped: `train/<wnid>/images/*.JPEG`, `val/images/*.JPEG`, annotations.
 
-A val/ already sorted into `val/<wnid>/` is read as well. The last 50 images of each training class
+A val/ already sorted into `val/<wnid>/` or `val/images/<wnid>/`, or in part, is read as well, an
+image that lies in two of these places once. The last 50 images of each training class
 by number are validation, the published val images are the test set. Classes are the sorted wnids.
 """
 
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from datasets.archives import located
 from datasets.cache import list_images
-from datasets.image_folder import Part, class_folders, labels_of
+from datasets.image_folder import Part, check_classes, class_folders, labels_of
 from utils.errors import InputError
 
 VAL_PER_CLASS = 50
@@ -22,26 +24,29 @@ _NUMBER = re.compile(r"(\d+)\.[^.]*$")
 def part(root: Path, split: str) -> Part:
     """List the part that `split` belongs to: images by wnid, within it by image number.
 
-    root: the unzipped folder, or the one that holds tiny-imagenet-200.
+    root: the unzipped folder, or the one that holds tiny-imagenet-200 or its archive.
     Raises InputError for missing folders and annotations that don't fit.
     """
-    base = root if (root / "train").is_dir() else root / "tiny-imagenet-200"
-    if not (base / "train").is_dir():
+    name = "tiny-imagenet-200"
+    base = located(root, name, f"{name}.zip", lambda place: (place / "train").is_dir())
+    if base is None:
         raise InputError(
-            f"--data {root}: no Tiny-ImageNet there (no train/ in it or in {base.name}/)"
+            f"--data {root}: no Tiny-ImageNet there (no train/ in it or in {name}/, no {name}.zip)"
         )
     classes = class_folders(base / "train")
     folder = base / ("val" if split == "test" else "train")
     if not folder.is_dir():
         raise InputError(f"--data: {base} has no val/ folder, which is the test set")
-    names = named = list_images(folder)
-    if split == "test" and any(name.startswith("images/") for name in names):
-        named = _annotated(folder, names, classes)
-    order = published_order(named)
-    files = [short_name(named[i]) for i in order]
+    names = list_images(folder)
+    named = _annotated(folder, names, classes) if split == "test" else names
+    place_of = {short_name(short): name for short, name in zip(named, names, strict=True)}
+    files = list(place_of)
+    files = [files[i] for i in published_order(files)]
     labels = labels_of(folder, files, classes)
+    if split != "test":
+        check_classes(folder, labels, classes)
     rows = None if split == "test" else validation_rows(labels)
-    return Part(folder, [names[i] for i in order], files, labels, classes, rows)
+    return Part(folder, [place_of[file] for file in files], files, labels, classes, rows)
 
 
 def published_order(names: list[str]) -> list[int]:
@@ -72,23 +77,31 @@ def validation_rows(labels: torch.Tensor) -> torch.Tensor:
 
 
 def _annotated(folder: Path, names: list[str], classes: list[str]) -> list[str]:
-    """ "<wnid>/<file>" of each of `names`, "images/<file>", from val_annotations.txt."""
+    """ "<wnid>/…" of each of `names`, of "images/<file>" from val_annotations.txt."""
+    named = [name.removeprefix("images/") for name in names]
+    if all("/" in name for name in named):  # all are sorted
+        return named
     place = folder / "val_annotations.txt"
     try:
-        lines = place.read_text(encoding="utf-8").splitlines()
+        lines = place.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {place}, which labels val/images/: {error}") from error
     wnid_of = {}
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         file, *rest = line.split("\t")
         if not rest:
             raise InputError(f"{place}:{number}: not '<file> TAB <wnid> …': {line[:60]!r}")
         wnid_of[file] = rest[0].strip()
-    plain = [name.removeprefix("images/") for name in names]
-    if missing := set(plain) - wnid_of.keys():
+    if missing := {name for name in named if "/" not in name} - wnid_of.keys():
         raise InputError(f"{place} has no line for {min(missing)}")
-    if lost := wnid_of.keys() - set(plain):
+    for name in named:  # of those sorted by hand
+        top, slash, file = short_name(name).partition("/")
+        if slash and wnid_of.get(file, top) != top:
+            raise InputError(f"{folder / name} lies in {top}, {place} says {wnid_of[file]}")
+    if lost := wnid_of.keys() - {name.rpartition("/")[2] for name in named}:
         raise InputError(f"{folder / 'images'} lacks {min(lost)}, which {place.name} names")
     if unknown := set(wnid_of.values()) - set(classes):
         raise InputError(f"{place}: {min(unknown)} is no folder of train/")
-    return [f"{wnid_of[file]}/{file}" for file in plain]
+    return [name if "/" in name else f"{wnid_of[name]}/{name}" for name in named]

@@ -70,7 +70,8 @@ def pretrain(
     loader = BatchLoader(images, 64, augment=augment, device=device, shuffle=True)
     optimizer = sgd(model, 0.05)
     steps = epochs * len(loader)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=steps)
+    form = {"total_steps": steps, "cycle_momentum": False}  # a recorded step has one momentum
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, **form)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "loader": loader}
     settings = {"arch": arch, "epochs": epochs, "data": fingerprint(images)}
     unfinished = path.with_name(f"{path.name}.unfinished")

@@ -50,7 +50,11 @@ PRESETS = {
     "quick": Preset(3, "2", 12, SIX, every=2),
     "smoke": Preset(*(1, "1", 1, THREE, (0, 1), (4,)), every=99, train_images=256, test_images=100),
     # At the paper's lr 0.01 two short epochs drive θ_c too far from θ_std for patching.
-    "demo": Preset(2, "1", 5, TWO, lr=0.002, batch_size=64, train_images=5000, union=False),
+    "demo": Preset(
+        *(2, "1", 4, TWO),
+        **{"lr": 0.002, "batch_size": 64, "train_images": 4000, "test_images": 1000},
+        union=False,
+    ),
 }
 DEMO = ["main", "--preset", "demo", "--dataset", "synthetic", "--arch", "vgg11"]
 DEMO += ["--keep_num", "4", "--out", "results/demo"]
@@ -197,4 +201,4 @@ def check(args: argparse.Namespace) -> None:
     for bits in args.bits:
         check_levels(2**bits, args.scheme)
     for device in args.devices:
-        choose_device(device)
+        choose_device(device, probe=len(args.devices) == 1)  # several: each opened by its process

@@ -35,7 +35,7 @@ from experiments.tables import BATCHNORM_ONLY, ROBUST, STANDARD, Table
 from model_patching import Patching
 from utils import checkpoint as ckpt
 from utils import report
-from utils.engine import choose_device
+from utils.engine import choose_device, free_memory
 from utils.errors import InputError
 from utils.files import write_text
 from utils.measurements import Measurements
@@ -312,6 +312,7 @@ class Study:
             "ablation": self.ablation,
             "note": table.note,
             "rows": rows,
+            "sources": self._ready[1].sources if self._ready else {},
             "data": [json.loads(path.read_text(encoding="utf-8"))["data"] for path in trained],
             "seconds": round(seconds, 1),
             "arguments": vars(self.args),
@@ -356,6 +357,7 @@ def train_on(devices: Sequence[str], jobs: Sequence[Job], force: bool) -> None:
     environment = dict(os.environ)
     if set(devices) == {"cpu"}:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(devices)))
+    free_memory()  # of making θ_pre
     free: queue.SimpleQueue[str] = queue.SimpleQueue()
     for device in devices:
         free.put(device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import runpy
+import sys
 import time
 from unittest import mock
 
@@ -12,6 +14,8 @@ import pytest
 import torch
 
 import benchmark
+import datasets
+import device_checks
 from datasets import synthetic
 from datasets.corruptions import CORRUPTIONS
 from datasets.images import ImageSet
@@ -164,6 +168,59 @@ def test_accuracy_of_both_ways_from_the_same_weights(tmp_path):
         for (loss, _), (classic_loss, _) in zip(ours["each"], classic["each"], strict=True):
             assert loss == pytest.approx(classic_loss, rel=0.1)
         assert "±" in ours["loss"]
+
+
+@pytest.fixture
+def little_to_check(monkeypatch):
+    monkeypatch.setattr(device_checks, "IMAGES", 96)
+    monkeypatch.setattr(device_checks, "CORRUPTIONS", ("fog", "contrast"))
+    monkeypatch.setattr(device_checks, "measure", lambda ways, *_: {way: [0.5] for way in ways})
+
+
+def test_check(tmp_path, little_to_check):
+    rows = run(tmp_path, "check")
+    assert [row["check"].split(":")[0] for row in rows[:2]] == ["fog", "contrast"]
+    assert rows[-1]["check"] == "training at 192 images/s: time, as a share of steps alone"
+    assert {row["result"] for row in rows} == {"pass"} and len(rows) == 2 + 4 + 4 + 1 + 1
+
+
+@pytest.mark.parametrize("fault", ["fog is denser", "an error", None])
+def test_a_failed_check_is_told_and_ends_with_1(fault, capsys, little_to_check, monkeypatch):
+    def corrupt(images, name, severity, generator, device):
+        if fault == "an error":
+            raise RuntimeError("no kernel\nmore")
+        severity -= bool(fault) and generator.initial_seed() > 0
+        return datasets.corruptions.corrupt(images, name, severity, generator, device=device)
+
+    monkeypatch.setattr(device_checks, "corrupt", corrupt)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "check", *TINY])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(benchmark.__file__, run_name="__main__")
+    assert end.value.code == bool(fault)
+    failed = [line for line in capsys.readouterr().out.splitlines() if "fail" in line]
+    told = {"fog is denser": ["| fog: ", "| contrast: "], "an error": ["| corruptions: no kernel "]}
+    assert len(failed) == len(told.get(fault, []))
+    assert all(map(str.startswith, failed, told.get(fault, [])))
+
+
+def test_checks_of_cuda_alone(monkeypatch):
+    """That they run, and that a step which isn't recorded is a failure."""
+    waits = mock.Mock()
+    for name in ("synchronize", "reset_peak_memory_stats", "set_sync_debug_mode"):
+        monkeypatch.setattr(torch.cuda, name, waits)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 7e8)
+    monkeypatch.setattr(device_checks, "IMAGES", 24)
+    images = synthetic.load("train", 32).subset(range(24))
+    for resident in ("device", "host"):
+        assert (f"waits in an epoch, images on the {resident}", 0, 0) in list(
+            device_checks.waiting(None, CPU, images)
+        )
+    assert mock.call("error") in waits.mock_calls and waits.mock_calls[-1] == mock.call("default")
+    ((_, figure, most),) = device_checks.memory(None, CPU, images.subset(range(2)))
+    assert figure == 700 > most
+    with pytest.raises(RuntimeError, match="no step was recorded"):
+        list(device_checks.recording(None, CPU, images))
 
 
 # ---- the classic way ------------------------------------------------------------------------

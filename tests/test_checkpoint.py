@@ -1,6 +1,7 @@
 """Checkpoints: every published form loads, anything else is refused with a reason."""
 
 import hashlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -153,6 +154,14 @@ def test_save_is_atomic(vgg, tmp_path, monkeypatch):
         ckpt.save({}, path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["m.pth"]
+
+
+def test_several_files_of_one_checkpoint_are_made_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "save", save := mock.Mock(wraps=torch.save))
+    paths = [tmp_path / name for name in "abc"]
+    ckpt.save({"state_dict": {"w": torch.ones(3)}}, *paths)
+    assert save.call_count == 1 and len({path.read_bytes() for path in paths}) == 1
+    assert torch.equal(ckpt.read(paths[2])["state_dict"]["w"], torch.ones(3))
 
 
 def test_imagenet_weights_offline_name_the_flag(monkeypatch):

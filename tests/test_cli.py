@@ -54,7 +54,7 @@ def models(request, cifar, tmp_path_factory):
     train("--dataset", "cifar10", "--save_dir", folder / "standard", *common)
     for name in ("gaussian_noise", "fog"):
         train(
-            *("--dataset", "cifar10-c", "--data", folder / "none", "--corruption", name),
+            *("--dataset", "cifar10-c", "--corruption", name),
             *("--save_dir", folder / "robust" / name, *common),
         )
     return arch, folder
@@ -92,6 +92,9 @@ def test_training_writes_what_it_says(models):
     assert "normalize.mean" in checkpoint["state_dict"]
     result = json.loads((robust / "results.json").read_text())
     assert set(result["RA"]) == {"fog"} and 0 <= result["TA"] <= 100
+    made = "generated, seed 0, constants of CIFAR-10-C (32×32)"
+    assert result["sources"]["train"] == result["sources"]["fog"] == made
+    assert result["sources"]["clean"].endswith("test")
     assert result["torch"] == torch.__version__ and len(result["history"]) == 1
 
 
@@ -267,7 +270,7 @@ def test_transfer_to_another_data_set_and_a_later_backbone(models, cifar, tmp_pa
     assert RobustWeightSignature.load(tmp_path / "rws" / "fog.rws").dataset == "cifar10"
 
 
-def test_published_corrupted_set_is_read(models, cifar, tmp_path):
+def test_published_corrupted_set_is_read(models, cifar, tmp_path, capsys):
     for part, count in (("train", 10), ("test", 4)):
         (tmp_path / part).mkdir()
         black = np.zeros((10 * count, 32, 32, 3), np.uint8)
@@ -277,6 +280,15 @@ def test_published_corrupted_set_is_read(models, cifar, tmp_path):
         *patch_arguments(models, cifar, "fog", "--keep_num", 1, "--corruption_data", tmp_path)
     )
     assert {r["RA"]["fog"] for r in result["rows"]} == {10.0}  # black images: one class for all
+    assert "| RA fog (from files), % | RA mean" in capsys.readouterr().out
+    more = ("--keep_num", 1, "--corruption_data", tmp_path, "--test_all_corruptions")
+    with pytest.warns(UserWarning, match="snow is generated"):
+        result = patch(*patch_arguments(models, cifar, "gaussian_noise", "fog", *more))
+    printed = capsys.readouterr().out
+    assert "| RA gaussian_noise (generated), % | RA fog (from files), % |" in printed
+    assert "| RA all 19 (18 generated), % |" in printed
+    assert result["sources"]["fog"] == str(tmp_path / "test" / "fog.npy")
+    assert result["sources"]["snow"] == "generated, seed 0, constants of CIFAR-10-C (32×32)"
 
 
 def test_signature_keeps_the_severity_it_was_trained_at(models, cifar, tmp_path):

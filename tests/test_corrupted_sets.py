@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -65,16 +67,115 @@ def test_cifar_c_severities_and_labels(tmp_path, inside):
     # Neither another corruption nor the training part is there.
     assert load_published(clean, tmp_path, "snow", 1, "test") is None
     assert load_published(clean_set(split="train"), tmp_path, "fog", 1, "train") is None
-    assert load_published(clean, tmp_path / "nowhere", "fog", 1, "test") is None
+    (tmp_path / "file").touch()
+    for name in ("nowhere", "file"):
+        with pytest.raises(
+            InputError, match=f"{name}: no such folder of corrupted images; without it"
+        ):
+            load_published(clean, tmp_path / name, "fog", 1, "test")
+
+
+SPELT = {  # where the copy of severity 2 lies, for "test" and for "train"
+    "/Gaussian-Noise.npy": "test",
+    "/CIFAR-10-C/gaussian_noise.npy": "test",
+    "/copies/gaussian noise.npy": "test",
+    "/Test/GaussianNoise.npy": "test",
+    "/copies/TRAIN/Gaussian_Noise.npy": "train",
+    "/Gaussian_noise/severity_2": "test",
+    "/noise/gaussian_noise/2": "test",
+    "/copies/Train/gaussian-noise/2": "train",
+}
+
+
+@pytest.mark.parametrize(("place", "split"), SPELT.items(), ids=list(SPELT))
+def test_a_copy_spelt_otherwise_or_one_folder_deeper_is_read_and_told(tmp_path, place, split):
+    clean, place = clean_set(split=split), tmp_path / place[1:]
+    single, total = place.parent.name.lower() in ("test", "train"), 30
+    expected = pixels_of(total if single else 5 * total)
+    if place.suffix:
+        write_npy(
+            place.parent, place.stem, expected, np.tile(np.arange(30) % 3, 1 if single else 5)
+        )
+        expected = expected if single else expected[total : 2 * total]
+    else:
+        expected = expected[:total]
+        for row, pixels in enumerate(expected):
+            image = place / CLASSES[row % 3] / f"row{row:06d}.png"
+            image.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(image)
+    for debris in ("__MACOSX", ".hidden"):
+        write_npy(tmp_path / debris, "gaussian_noise", pixels_of(150), np.arange(150) % 3)
+    (place.parent / f"._{place.name}").write_bytes(b"of a Macintosh")
+    with pytest.warns(UserWarning, match=re.escape(f"gaussian_noise is read from {place}")):
+        found = corrupted_set(clean, "gaussian_noise", split, Copies(2, root=tmp_path))
+    assert torch.equal(found.images, chw(expected)[clean.rows]) and found.source == str(place)
+
+
+def test_of_several_copies_the_clean_sets_own_is_read(tmp_path):
+    clean, pixels, labels = clean_set(split="test"), pixels_of(150), np.arange(150) % 3
+    for name in ("CIFAR-100-C", "Tiny-ImageNet-C"):
+        write_npy(tmp_path / name, "fog", pixels[::-1], labels)
+    with pytest.raises(InputError, match=r"several copies.*CIFAR-100-C/fog.npy, .*Tiny-Image"):
+        corrupted_set(clean, "fog", "test", Copies(2, root=tmp_path))
+    write_npy(tmp_path / "CIFAR-10-C", "fog", pixels, labels)
+    found = corrupted_set(clean, "fog", "test", Copies(2, root=tmp_path))
+    assert torch.equal(found.images, chw(pixels[30:60]))
+    for name in ("FOG.npy", "f-o-g.npy"):
+        np.save(tmp_path / name, pixels)
+    with pytest.raises(InputError, match=r"several copies of fog, .*/FOG\.npy, .*/f-o-g\.npy"):
+        corrupted_set(clean, "fog", "test", Copies(2, root=tmp_path))
+
+
+def test_what_a_named_root_lacks_is_told(tmp_path):
+    write_npy(tmp_path, "snow", pixels_of(150), np.arange(150) % 3)
+    for split, said in (
+        ("test", r"fog\.npy, test/fog\.npy, val/fog/5, test/fog/5, fog/5"),
+        ("val", r"train/fog\.npy, train/fog/5"),
+    ):
+        said = rf"fog is generated: .* have none of {said} \(there: labels\.npy, snow\.npy\)"
+        with pytest.warns(UserWarning, match=said):
+            found = corrupted_set(clean_set(split=split), "fog", split, Copies(root=tmp_path))
+        own = corrupted_set(clean_set(split=split), "fog", split, Copies())
+        assert torch.equal(found.images, own.images) and found.source.startswith("generated")
+    with warnings.catch_warnings(record=True) as caught:  # the clean set's own folder
+        warnings.simplefilter("always")
+        corrupted_set(clean_set(split="val"), "fog", "val", Copies(root=tmp_path, named=False))
+    assert not [w for w in caught if "is generated" in str(w.message)]
+
+
+def test_a_bare_array_of_one_severity_is_told_its_place(tmp_path):
+    write_npy(tmp_path, "fog", pixels_of(30), np.arange(30) % 3)
+    with pytest.raises(InputError, match=r"\(30, 8, 8, 3\); .*severity belongs in .*/test$"):
+        corrupted_set(clean_set(split="test"), "fog", "test", Copies(root=tmp_path))
+
+
+@pytest.mark.parametrize("side", [32, 40, 48, 49, 64, 224])
+def test_whose_constants_are_used_is_told(side):
+    # What brightness at severity 5 adds to black tells the table.
+    named, added = ("CIFAR-10-C (32×32)", 0.3) if side <= 48 else ("Tiny-ImageNet-C (64×64)", 0.5)
+    images = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    clean = ImageSet(images, torch.zeros(1, dtype=torch.int64), ["a"], "folder")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = corrupted_set(clean, "brightness", "test", Copies())
+    assert made.source == f"generated, seed 0, constants of {named}"
+    assert (made.images == int(255 * added)).all()
+    said = [str(w.message) for w in caught if "no constants" in str(w.message)]
+    assert len(said) == (side not in (32, 64))
+    assert all(f"no constants for images of {side} pixels: those of {named}" in s for s in said)
 
 
 def test_recorded_severity_of_a_one_severity_file_is_checked(tmp_path):
     clean = clean_set(split="test")
     write_npy(tmp_path / "test", "fog", pixels_of(30), np.arange(30) % 3)
-    assert load_published(clean, tmp_path, "fog", 1, "test") is not None  # nothing is recorded
+    with pytest.warns(UserWarning, match="test: no record .*, taken as --severity 1"):
+        assert load_published(clean, tmp_path, "fog", 1, "test") is not None
     (tmp_path / ".made.json").write_text('{"test/fog.npy": {"severity": [5]}}')
     assert load_published(clean, tmp_path, "fog", 5, "test") is not None
     with pytest.raises(InputError, match="severity"):
+        load_published(clean, tmp_path, "fog", 1, "test")
+    (tmp_path / "test" / "fog.npy").rename(tmp_path / "test" / "Fog.npy")
+    with pytest.raises(InputError, match=r"Fog\.npy holds severity \[5\]"):
         load_published(clean, tmp_path, "fog", 1, "test")
 
 

@@ -153,7 +153,7 @@ def test_chunks_and_threads_do_not_matter(name, monkeypatch):
     out = []
     threads = torch.get_num_threads()
     for blocks, used in ((1, 1), (2, 1), (8, 1), (1, 2)):
-        monkeypatch.setattr(corruptions, "_blocks_per_chunk", lambda images, blocks=blocks: blocks)
+        monkeypatch.setattr(corruptions, "_blocks_per_chunk", lambda *_, n=blocks: n)
         torch.set_num_threads(used)
         try:
             out.append(corrupt(images, name, 5, seeded()).int())

@@ -6,6 +6,12 @@ import hashlib
 import io
 import os
 import pickle
+import re
+import shutil
+import struct
+import tarfile
+import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -197,6 +203,24 @@ def test_folder_reads_nested_folders_and_passes_over_other_files(tmp_path):
     assert len(whole) == 41
 
 
+DEBRIS = ("__MACOSX", "@eaDir", ".ipynb_checkpoints", "__pycache__", "$RECYCLE.BIN", "lost+found")
+
+
+@pytest.mark.parametrize("name", ["folder", "tinyimagenet"])
+def test_debris_of_systems_and_programs_is_passed_over(tmp_path, name):
+    root = folder_set(tmp_path) if name == "folder" else tiny_set(tmp_path) / "tiny-imagenet-200"
+    expected = {split: datasets.load(name, root, split) for split in ("all", "test")}
+    for place in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+        for debris in (d for d in DEBRIS if not place.name.startswith(".")):
+            write_image(place / debris / "c00" / "000.png", 99)
+            write_image(place / debris / "000.png", 99)
+    for split, images in expected.items():
+        found = datasets.load(name, root, split)
+        assert found.classes == images.classes and found.files == images.files
+        assert torch.equal(found.images, images.images)
+        assert torch.equal(found.labels, images.labels)
+
+
 def test_folder_errors_name_what_is_wrong(tmp_path):
     with pytest.raises(InputError, match="--data"):
         datasets.load("folder", tmp_path / "nowhere")
@@ -265,6 +289,55 @@ def test_grey_palette_and_alpha_become_rgb(tmp_path):
         Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode).save(path)
         image = cache.read_image(path)
         assert image.mode == "RGB" and image.getpixel((4, 4)) == (255, 255, 255)
+
+
+def tiff(values: np.ndarray, bits: int, kind: int = 1, black: int = 1) -> bytes:
+    """A TIFF by its tags: SampleFormat `kind` (1 unsigned, 2 signed, 3 float), 0 is `black`."""
+    tags = {256: values.shape[1], 257: values.shape[0], 258: bits, 259: 1, 262: black}
+    tags |= {273: 122, 277: 1, 279: values.nbytes, 339: kind}
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    return struct.pack("<2sHIH", b"II", 42, 8, 9) + entries + bytes(4) + values.tobytes()
+
+
+RAMP = np.arange(256, dtype=np.uint64).reshape(16, 16)  # what is seen, of 8 bits
+PGM = b"P5 16 16 %d\n"
+DEEP = {
+    "png": lambda path: Image.fromarray((RAMP * 257).astype(np.uint16)).save(path),
+    "tif": lambda path: Image.fromarray((RAMP * 257).astype(np.uint16)).save(path),
+    "big.tif": lambda path: path.write_bytes(tiff((RAMP * 257).astype(">u2").byteswap(), 16)),
+    "32.tif": lambda path: path.write_bytes(tiff((RAMP << 24).astype("<u4"), 32)),
+    "pgm": lambda path: path.write_bytes(PGM % 65535 + (RAMP * 257).astype(">u2").tobytes()),
+    "10.pgm": lambda path: path.write_bytes(PGM % 1023 + (RAMP * 4 + 3).astype(">u2").tobytes()),
+    "ppm": lambda path: path.write_bytes(
+        b"P6 16 16 65535\n" + (RAMP * 257).repeat(3).astype(">u2").tobytes()
+    ),
+}
+
+
+@pytest.mark.parametrize("form", DEEP)
+def test_more_than_8_bits_are_scaled_by_their_range(tmp_path, form):
+    path = tmp_path / f"image.{form}"
+    DEEP[form](path)
+    pixels = np.asarray(cache.read_image(path)).astype(int)
+    assert pixels.shape == (16, 16, 3) and np.abs(pixels - RAMP[..., None].astype(int)).max() <= 1
+    assert pixels.min() == 0 and pixels.max() == 255
+
+
+@pytest.mark.parametrize(
+    ("content", "mode"),
+    [
+        (tiff((RAMP / 255).astype("<f4"), 32, kind=3), "F"),
+        (tiff(RAMP.astype("<i2"), 16, kind=2), "I"),
+        (tiff(RAMP.astype("<i4"), 32, kind=2), "I"),
+        (tiff(RAMP.astype("<u2"), 16, black=0), "I;16"),
+        (b"Pf\n16 16\n-1.0\n" + (RAMP / 255).astype("<f4").tobytes(), "F"),
+    ],
+)
+def test_images_of_unknown_range_are_named_with_their_mode(tmp_path, content, mode):
+    path = tmp_path / "image.tif"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"image\.tif: .*mode {mode}: save it as unsigned"):
+        cache.read_image(path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -441,6 +514,49 @@ def test_tiny_imagenet_sorted_val(tmp_path):
     assert torch.equal(after.labels, before.labels)
 
 
+VAL = {  # where each image of val/images is moved, or copied, and by which wnid
+    "sorted within images": lambda val, file, wnid: [val / "images" / wnid / file],
+    "as the training classes": lambda val, file, wnid: [val / wnid / "images" / file],
+    "in part": lambda val, file, wnid: [val / ("images" if wnid == "n01" else wnid) / file],
+    "both": lambda val, file, wnid: [val / "images" / file, val / wnid / file],
+    "both, in images": lambda val, file, wnid: [
+        *(val / "images" / file, val / "images" / wnid / file)
+    ],
+    "all three": lambda val, file, wnid: [
+        *(val / "images" / file, val / "images" / wnid / file, val / wnid / "images" / file)
+    ],
+}
+
+
+@pytest.mark.parametrize("places", VAL.values(), ids=list(VAL))
+def test_tiny_imagenet_val_in_every_order(tmp_path, places):
+    tiny_set(tmp_path)
+    before, val = (
+        datasets.load("tinyimagenet", tmp_path, "test"),
+        tmp_path / "tiny-imagenet-200/val",
+    )
+    for name in before.files:
+        wnid, file = name.split("/")
+        content = (val / "images" / file).read_bytes()
+        (val / "images" / file).unlink()
+        for place in places(val, file, wnid):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content)
+    after = datasets.load("tinyimagenet", tmp_path, "test")
+    assert torch.equal(after.images, before.images) and after.files == before.files
+    assert torch.equal(after.labels, before.labels)
+
+
+def test_tiny_imagenet_annotations_with_a_mark_and_blank_lines(tmp_path):
+    tiny_set(tmp_path)
+    before = datasets.load("tinyimagenet", tmp_path, "test")
+    place = tmp_path / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    text = place.read_text().replace("\n", "\r\n\r\n")
+    place.write_bytes(f"{text}  \r\n".encode("utf-8-sig"))
+    after = datasets.load("tinyimagenet", tmp_path, "test")
+    assert after.files == before.files and torch.equal(after.labels, before.labels)
+
+
 def test_tiny_imagenet_validation_is_the_last_fifty_of_each_class():
     labels = torch.repeat_interleave(torch.arange(3), torch.tensor([500, 334, 60]))
     rows = tiny_imagenet.validation_rows(labels).tolist()
@@ -452,6 +568,14 @@ def test_tiny_imagenet_errors(tmp_path):
         datasets.load("tinyimagenet", tmp_path)
     tiny_set(tmp_path)
     val = tmp_path / "tiny-imagenet-200" / "val"
+    write_image(val / "n02" / "val_1.JPEG", 0)
+    with pytest.raises(InputError, match=r"n02/val_1\.JPEG lies in n02, .*txt says n01"):
+        datasets.load("tinyimagenet", tmp_path, "test")
+    (val / "n02" / "val_1.JPEG").unlink()
+    (val.parent / "train" / "n00" / "images").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"n00 holds no images"):
+        datasets.load("tinyimagenet", tmp_path, "train")
+    shutil.rmtree(val.parent / "train" / "n00")
     annotations = val / "val_annotations.txt"
     text = annotations.read_text()
     for wrong, message in (
@@ -529,8 +653,9 @@ def test_cifar_pickles(pickles):
 def test_cifar_never_unpickles_what_is_not_published(pickles, tmp_path, name, split):
     marker = tmp_path / "executed"
     (pickles / name).write_bytes(pickle.dumps(_Touch(marker)))
-    with pytest.raises(InputError, match=rf"{name}: MD5 is not .*; delete .*-batches-py to"):
+    with pytest.raises(InputError, match=rf"{name}: MD5 is not .*train/<class>/ and test/") as said:
         datasets.load("cifar10", pickles, split)
+    assert "delete" not in str(said.value)
     assert not marker.exists()
     (pickles / name).unlink()
     with pytest.raises(InputError, match=f"{name}: no such file"):
@@ -553,6 +678,154 @@ def test_cifar_without_data_or_network(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar.CIFAR100, "download", refuse)
     with pytest.raises(InputError, match=r"cifar-100-python.*downloading cifar100 failed: host"):
         datasets.load("cifar100", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Archives, and folders one deeper
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def unreachable(address, timeout):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(cifar.socket, "create_connection", unreachable)
+
+
+def pack(archive: Path, folder: Path, inside: str) -> Path:
+    """Move `folder` into a .zip or .tar.gz, under the name `inside` ("." for its content)."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive, "w") as packed:
+            for file in folder.rglob("*"):
+                packed.write(file, Path(inside) / file.relative_to(folder))
+    else:
+        with tarfile.open(archive, "w:gz") as packed:
+            packed.add(folder, inside)
+    shutil.rmtree(folder)
+    return archive
+
+
+@pytest.mark.parametrize("inside", ["cifar-10-batches-py", "."])
+def test_an_archive_in_the_folder_is_unpacked(pickles, tmp_path, offline, inside, capsys):
+    expected = datasets.load("cifar10", pickles, "all").images
+    archive = pack(tmp_path / "cifar-10-python.tar.gz", pickles, inside)
+    for _ in range(2):
+        assert torch.equal(datasets.load("cifar10", tmp_path, "all").images, expected)
+    assert capsys.readouterr().err == f"unpacking {archive}\n"  # once
+    assert sorted(os.listdir(tmp_path)) == ["cifar-10-batches-py", archive.name]
+    # A folder that was unpacked is not replaced, nor is its damage passed over.
+    (pickles / "test_batch").write_bytes(b"")
+    with pytest.raises(InputError, match="test_batch: MD5"):
+        datasets.load("cifar10", tmp_path, "test")
+
+
+@pytest.mark.parametrize("inside", ["tiny-imagenet-200", "."])
+def test_the_archive_of_tiny_imagenet_is_unpacked(tmp_path, inside):
+    folder = tiny_set(tmp_path) / "tiny-imagenet-200"
+    expected = datasets.load("tinyimagenet", tmp_path, "test")
+    pack(tmp_path / "tiny-imagenet-200.zip", folder, inside)
+    found = datasets.load("tinyimagenet", tmp_path, "test")
+    assert torch.equal(found.images, expected.images) and found.files == expected.files
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+MEMBERS = {
+    "absolute": member("/tmp/rws-escaped"),
+    "above": member("cifar-10-batches-py/../../escaped"),
+    "backslash": member("..\\escaped"),
+    "drive": member("C:\\escaped"),
+    "link": member("cifar-10-batches-py/inside", tarfile.SYMTYPE, "data_batch_1"),
+    "link out": member("cifar-10-batches-py/out", tarfile.SYMTYPE, "/etc/passwd"),
+    "hard link": member("cifar-10-batches-py/hard", tarfile.LNKTYPE, "cifar-10-batches-py/x"),
+    "device": member("cifar-10-batches-py/null", tarfile.CHRTYPE),
+}
+
+
+@pytest.mark.parametrize("odd", MEMBERS.values(), ids=list(MEMBERS))
+@pytest.mark.parametrize("name", ["cifar10", "tinyimagenet"])
+def test_an_archive_that_leads_elsewhere_is_refused(tmp_path, offline, odd, name):
+    root = tmp_path / "data"
+    root.mkdir()
+    if name == "cifar10":
+        archive = root / "cifar-10-python.tar.gz"
+        with tarfile.open(archive, "w:gz") as packed:
+            packed.addfile(member("cifar-10-batches-py/x"))
+            packed.addfile(odd)
+    elif odd.type in (tarfile.LNKTYPE, tarfile.CHRTYPE):
+        pytest.skip("zip has no such members")
+    else:
+        archive = root / "tiny-imagenet-200.zip"
+        info = zipfile.ZipInfo(odd.name)
+        info.external_attr = (0o120777 if odd.type == tarfile.SYMTYPE else 0o100644) << 16
+        with zipfile.ZipFile(archive, "w") as packed:
+            packed.writestr("tiny-imagenet-200/x", "")
+            packed.writestr(info, odd.linkname)
+    said = rf"cannot unpack .*{archive.name}: {re.escape(odd.name)} in it is a link, or leads"
+    with pytest.raises(InputError, match=said):
+        datasets.load(name, root, "train")
+    assert os.listdir(root) == [archive.name] and os.listdir(tmp_path) == ["data"]
+
+
+@pytest.mark.parametrize("damage", [lambda good: good[: len(good) // 2], lambda good: b"text"])
+def test_a_damaged_archive_is_named_and_leaves_nothing(pickles, tmp_path, offline, damage):
+    archive = pack(tmp_path / "cifar-10-python.tar.gz", pickles, pickles.name)
+    archive.write_bytes(damage(archive.read_bytes()))
+    with pytest.raises(InputError, match=rf"cannot unpack .*{archive.name}: "):
+        datasets.load("cifar10", tmp_path)
+    assert os.listdir(tmp_path) == [archive.name]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar10 in class folders", "tinyimagenet", "folder"])
+def test_a_set_one_folder_deeper_is_read_and_told(tmp_path, request, offline, name):
+    if name == "cifar10":
+        root = request.getfixturevalue("pickles")
+    elif name == "tinyimagenet":
+        root = tiny_set(tmp_path) / "tiny-imagenet-200"
+    else:
+        root = folder_set(
+            tmp_path / "set", classes=10 if name.startswith("cifar10") else 2, train=2
+        )
+    name = name.split()[0]
+    expected = datasets.load(name, root, "test").images
+    outer = tmp_path / "outer"
+    (outer / "deeper").mkdir(parents=True)
+    root.rename(outer / "deeper" / root.name)
+    for given in (outer / "deeper", outer):
+        if given == outer and root.name == "set":
+            continue  # two deeper, and not under the published name
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert torch.equal(datasets.load(name, given, "test").images, expected)
+        deeper = given == outer or root.name == "set"
+        assert [f"--data {given}: read from" in str(w.message) for w in caught] == [True] * deeper
+    if name == "cifar10":  # another set beside it is no CIFAR-10
+        folder_set(outer / "other")
+        assert len(datasets.load(name, outer / "deeper", "test")) == len(expected)
+    else:
+        for other in ("a", "b"):
+            folder_set(outer / "several" / other, train=2)
+        with pytest.raises(InputError, match=r"several: several sets there, name one .*: a, b"):
+            datasets.load(name, outer / "several")
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("cifar-10-batches-bin/data_batch_1.bin", "bin files are the binary version, the Python"),
+        ("cifar-10-binary.tar.gz", "archive is the binary version, the Python version"),
+    ],
+)
+def test_other_forms_of_cifar_are_named(tmp_path, file, said):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    for root in {tmp_path, (tmp_path / file).parent}:
+        with pytest.raises(InputError, match=rf"--data .*cifar-10-batches-py.*; the .?{said}"):
+            datasets.load("cifar10", root)
 
 
 def test_cifar_as_folders(tmp_path):

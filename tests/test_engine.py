@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import types
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import reproduce
 from datasets.images import ImageSet
 from datasets.loader import BatchLoader
 from models import build_model
@@ -86,6 +88,7 @@ def recording_on_a_cpu(model: nn.Module, optimizer: torch.optim.SGD) -> TrainSte
         step._run(step.images, step.labels)
 
     step.rate, step._record, step._warm_up = torch.zeros(()), record, step._run
+    step._fits_twice = lambda: True
     return step
 
 
@@ -238,9 +241,11 @@ def test_deterministic(monkeypatch):
         engine.to_device(small_model(), torch.device("cpu"), False)
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.backends.cudnn.benchmark
+        assert not torch.backends.cudnn.allow_tf32
         assert engine.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         evaluate(small_model(), BatchLoader(make_set(8), 8), amp=False)
     finally:
+        torch.backends.cudnn.allow_tf32 = True
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = fill
     engine.to_device(small_model(), torch.device("cpu"), False)
@@ -266,3 +271,79 @@ def test_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda _: refuse)
     with pytest.raises(InputError, match=r"--compile.*no C\+\+ compiler found\)"):
         engine.compile_model(small_model(), torch.device("cpu"))
+
+
+# ---- devices --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two GPUs of which nothing can be asked but what is listed in `called`."""
+    called = []
+
+    def note(name, result=None):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: called.append((name, *args)) or result)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "Generator", lambda device: called.append(("Generator", device)))
+    note("set_device")
+    note("init")
+    monkeypatch.setattr(torch, "ones", lambda *_, device: called.append(("ones", device)) or kernel)
+    kernel = mock.MagicMock()
+    called.append(kernel)
+    return called
+
+
+def test_a_certain_gpu_is_the_current_one_before_anything_is_asked_of_it(gpus):
+    kernel = gpus.pop()
+    gpu = torch.device("cuda", 1)
+    assert engine.choose_device("cuda:1") == gpu
+    assert gpus == [("set_device", gpu), ("Generator", gpu), ("ones", gpu)]
+    assert kernel.add_.called
+    gpus.clear()
+    assert engine.choose_device("auto") == torch.device("cuda")
+    assert [name for name, _ in gpus] == ["Generator", "ones"]
+
+
+def test_devices_of_other_processes_are_not_opened(gpus):
+    gpus.clear()
+    assert engine.choose_device("cuda:1", probe=False) == torch.device("cuda", 1)
+    with pytest.raises(InputError, match=r"--device cuda:2: .*GPUs that torch finds: 2.*try auto"):
+        engine.choose_device("cuda:2", probe=False)
+    argv = ["main", "--dataset", "synthetic", "--devices", "0", "1"]
+    assert reproduce.parse_args(argv).devices == ["cuda:0", "cuda:1"]
+    assert not gpus
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:1"])
+def test_a_gpu_without_kernels_is_named_and_auto_takes_the_cpu(name, gpus):
+    gpus.pop().add_.side_effect = RuntimeError("CUDA error: no kernel image is available\nmore")
+    if name == "auto":
+        with pytest.warns(UserWarning, match=r"the CPU is used, .*no kernel image is available$"):
+            assert engine.choose_device(name) == torch.device("cpu")
+        return
+    with pytest.raises(InputError, match=rf"--device {name}: .*no kernel image is available\)"):
+        engine.choose_device(name)
+
+
+def test_without_a_gpu_auto_is_silent(monkeypatch, recwarn):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(engine.Path, "exists", lambda _: False)
+    assert engine.choose_device() == torch.device("cpu") and not recwarn
+    monkeypatch.setattr(torch.cuda, "init", mock.Mock(side_effect=RuntimeError("driver too old")))
+    monkeypatch.setattr(engine.Path, "exists", lambda _: True)  # /dev/nvidiactl
+    with pytest.warns(UserWarning, match="the CPU is used, .*driver too old"):
+        assert engine.choose_device() == torch.device("cpu")
+
+
+def test_float32_says_where_it_is_tf32(monkeypatch):
+    monkeypatch.setattr(engine, "bf16_gain", lambda _: (True, "tensor cores"))
+    cuda, cpu, tf32 = torch.device("cuda"), torch.device("cpu"), torch.backends.cudnn.allow_tf32
+    said = "float32, convolutions in TF32, channels_last (--no_amp)"
+    assert engine.arithmetic(cuda, False, False) == said
+    assert "TF32" not in engine.arithmetic(cuda, True, None) + engine.arithmetic(cpu, False, False)
+    try:
+        torch.backends.cudnn.allow_tf32 = False
+        assert "TF32" not in engine.arithmetic(cuda, False, False)
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32

@@ -95,7 +95,7 @@ def test_chunks_are_corrupt_in_pieces(monkeypatch):
     images = torch.randint(0, 256, (600, 3, 8, 8), dtype=torch.uint8)
     for threads, blocks in ((1, 1), (2, 1), (1, 2)):
         torch.set_num_threads(threads)
-        monkeypatch.setattr(corruptions, "_blocks_per_chunk", lambda images, blocks=blocks: blocks)
+        monkeypatch.setattr(corruptions, "_blocks_per_chunk", lambda *_, n=blocks: n)
         for name in ("gaussian_noise", "fog", "contrast"):
             whole = corrupt(images, name, 3, torch.Generator().manual_seed(4))
             pieces = list(corrupt_chunks(images, name, 3, torch.Generator().manual_seed(4)))
@@ -286,7 +286,9 @@ def test_frost_textures_are_told_apart(data, tmp_path, capsys):
         Image.new("RGB", (320, 320), (0, 90, 200)).save(photographs / name)
     flags = ("--corruption", "frost", "--split", "test", "--out", tmp_path / "out")
     run(*flags, "--frost_dir", photographs, data=data)
-    assert f"photographs in {photographs}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"photographs in {photographs}" in printed
+    assert "constants    CIFAR-10-C (32×32)" in printed
     refused("frost texture .*, not procedural", *flags, data=data)
     (photographs / "frost1.png").write_bytes((photographs / "frost4.jpg").read_bytes())
     refused("frost texture", *flags, "--frost_dir", photographs, data=data)

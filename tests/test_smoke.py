@@ -38,6 +38,7 @@ def test_smoke_writes_every_result(smoke, experiment):
     assert result["experiment"] == experiment and result["rows"] and result["seconds"] >= 0
     assert result["torch"] == torch.__version__ and "seeds 0" in result["study"]
     assert len(result["data"][0]) == 16 and "device" in result and not result["ablation"]
+    assert result["sources"]["fog"] == "generated, seed 0, constants of CIFAR-10-C (32×32)"
     assert all("seed" in row and ("RA" in row or "value" in row) for row in result["rows"])
     assert (out / "table.md").read_text().startswith("| ")
     with open(out / "table.csv", newline="") as file:

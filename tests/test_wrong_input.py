@@ -118,6 +118,8 @@ TRAIN = [
             ),
             ("array-count", r"test/fog\.npy holds uint8 \(7, 32, 32, 3\)"),
             ("array-float", r"test/fog\.npy holds float32"),
+            ("nowhere", r"nowhere: no such folder of .* without it they are generated"),
+            ("file", r"file: no such folder of .* without it they are generated"),
             ("array-severity", r"test/fog\.npy holds severity \[3\], --severity is 5"),
             ("folders-few", r"fog/5 .*lacks 4 of 8 images"),
         )
@@ -175,6 +177,8 @@ PATCH = [
     ("--data {w}/three-classes", r"std\.pth: fc\.weight is \(2, 512\).* for another data set"),
     ("--data {w}/nowhere", r"--data .*nowhere"),
     ("--corruption_data {w}/labels-out-of-range", r"labels\.npy: labels from 0 to 7"),
+    ("--corruption_data {w}/nowhere", r"nowhere: no such folder of corrupted images"),
+    ("--corruption_data {w}/file", r"file: no such folder of corrupted images"),
     ("--save_log .", r"--save_log \.: that is a folder"),
     ("--save_log {w}/std.pth", r"--save_log .*std\.pth: .* is read or written as well"),
     ("--save_log {w}/shapes.pth", r"--save_log .*shapes\.pth: holds something else than a log"),
@@ -470,6 +474,8 @@ def test_validation_images_among_the_test_images_are_told(world, tmp_path, capsy
 
 def test_labels_that_differ_from_the_clean_ones_are_told(world, tmp_path, capsys):
     published(tmp_path / "swapped", labels=np.repeat([1, 0], 4))
+    made = {f"{part}/fog.npy": {"severity": [5]} for part in ("train", "test")}
+    (tmp_path / "swapped" / ".made.json").write_text(json.dumps(made))
     wrong = f"--std_data {{w}}/data --data {tmp_path / 'swapped'} --corruption fog"
     (line,) = said_by(train_corruption, wrong, world, capsys)
     assert "test/fog.npy: 8 of 8 labels differ from the clean set's" in line
@@ -492,3 +498,12 @@ def test_messages_of_several_lines_become_one(capsys):
         warnings.warn("one\ntwo", stacklevel=1)
         raise InputError("three\nfour")
     assert capsys.readouterr().err == "warning: one two\nerror: three four\n"
+
+
+def test_a_warning_is_printed_once(capsys):
+    with script_errors():
+        for said in ("first", "second", "first"):
+            with warnings.catch_warnings():  # as libraries do, which makes Python forget
+                pass
+            warnings.warn(said, stacklevel=1)
+    assert capsys.readouterr().err == "warning: first\nwarning: second\n"

@@ -161,7 +161,11 @@ FLAGS = {
     "seed": flag("of everything that is drawn", "N", type=SEED, default=0),
     # where and how it runs
     "device": flag("auto, cpu, cuda, cuda:1, …", default="auto"),
-    "amp": flag("bf16 autocast, or float32; default: bf16 where the hardware has it", action=OnOff),
+    "amp": flag(
+        "bf16 autocast, or float32 (on CUDA with convolutions in TF32, but for --deterministic); "
+        "default: bf16 where the hardware gains from it",
+        action=OnOff,
+    ),
     "compile": switch("let torch.compile make the model's kernels"),
     "deterministic": switch("same seed, same bits on CUDA too, which is slower (CPUs: anyway)"),
     "save_dir": flag("for the checkpoints", "DIR", required=True),

@@ -99,7 +99,8 @@ def synchronized(model: nn.Module) -> nn.Module:
 
     The layers are replaced, their parameters and state-dict keys stay. torch has no such layer for
     the CPU: there each process normalizes by its own part of a batch, and `share_buffers` keeps
-    the running statistics of process 0.
+    the running statistics of process 0. In a training step each layer waits for the GPU once, to
+    read how many images the others have.
     """
     if ranks() > 1 and next(model.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -1,5 +1,6 @@
 """Train and evaluate: the loops, without a host synchronization inside them.
 
+(But for SyncBatchNorm, of several processes on GPUs, which reads counts back in every layer.)
 Batches come as floats on the model's device (datasets.loader); metrics are summed there and read
 once per print interval. Where the hardware gains from it (`use_amp`) the forward pass runs in bf16
 autocast; weights and the update stay float32. Activations take the memory format of the weights
@@ -9,8 +10,10 @@ autocast; weights and the update stay float32. Activations take the memory forma
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -28,21 +31,41 @@ from utils.errors import InputError
 _WARM_UP = 3
 
 
-def choose_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU; anything else is taken at its word.
+def choose_device(name: str = "auto", probe: bool = True) -> torch.device:
+    """`auto` is CUDA where that works, else the CPU; anything else is taken at its word.
 
-    Raises InputError for a device this machine, or this torch, does not have.
+    A certain GPU becomes the current one, so that nothing is opened on another. `auto` warns where
+    the CPU is taken though a GPU seems to be there. probe: run a kernel; without it no GPU is
+    opened, for a process that leaves it to others.
+    Raises InputError for a device this machine, or this torch, does not have or can't use.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.Generator(device)
-        torch.empty(1, device=device).item()
+        device = torch.device("cuda" if name == "auto" else name)
+        gpus = torch.cuda.device_count()
+        if device.type == "cuda" and (device.index or 0) >= gpus:
+            if probe:
+                torch.cuda.init()  # which tells why
+            raise RuntimeError(f"GPUs that torch finds: {gpus}")
+        if probe:
+            if device.type == "cuda" and device.index is not None:
+                torch.cuda.set_device(device)
+            torch.Generator(device)
+            torch.ones(1, device=device).add_(1).item()  # a kernel, which old GPUs may lack
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name}: not usable here ({reason}); try auto or cpu") from error
+        if name != "auto" or (gpus and distributed.ranks() > 1):
+            said = f"--device {name}: not usable here ({reason}); try auto or cpu"
+            raise InputError(said) from error
+        if gpus or Path("/dev/nvidiactl").exists():
+            warnings.warn(f"the CPU is used, CUDA is not usable here: {reason}", stacklevel=2)
+        return torch.device("cpu")
     return device
+
+
+def free_memory() -> None:
+    """Give back GPU memory that nothing uses: an optimizer with a schedule is freed by gc alone."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @functools.cache
@@ -85,15 +108,18 @@ def arithmetic(device: torch.device, amp: bool, wanted: bool | None) -> str:
     """The arithmetic in words, for headers: what it is and why."""
     why = bf16_gain(device.type)[1] if wanted is None else f"--{'' if amp else 'no_'}amp"
     layout = layout_words(memory_format(device, amp))
-    return f"{'bf16' if amp else 'float32'}, {layout} ({why})"
+    tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32 and bf16_gain("cuda")[0]
+    kind = "bf16" if amp else "float32, convolutions in TF32" if tf32 else "float32"
+    return f"{kind}, {layout} ({why})"
 
 
 def be_deterministic() -> None:
     """From here on the same seed gives the same bits on CUDA too; to be called before CUDA starts.
 
-    Slower; an operation that has no such form raises RuntimeError.
+    Slower; an operation that has no such form raises RuntimeError. Float32 is not TF32 then.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.allow_tf32 = False
     torch.use_deterministic_algorithms(True)
     # Nothing here reads uninitialized memory, and filling it takes time.
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -128,6 +154,12 @@ def sgd(model: nn.Module, lr: float, momentum: float = 0.9, weight_decay: float 
     return SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, fused=fused)
 
 
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all models: the allocator keeps memory for each stream apart."""
+    return torch.cuda.Stream(device)
+
+
 class TrainStats(NamedTuple):
     """Means over one epoch of training: cross-entropy in nats, accuracy in percent."""
 
@@ -142,8 +174,9 @@ class TrainStep:
     one shape and from then on replayed: at batch 128 a large GPU would wait for the launches of its
     kernels. What is recorded is `_run`, which is also called directly for a batch of another shape
     (the last of an epoch), while options of the optimizer other than the learning rate change, on
-    other devices, and with several processes (distributed). A forward pass that reads a value back
-    to the host can't be recorded.
+    other devices, with several processes (distributed), and where activations don't fit twice: the
+    graph has memory of its own. A forward pass that reads a value back to the host can't be
+    recorded.
     The optimizer has one group of parameters, as `sgd` makes it.
     The graph writes to the tensors it has seen: make a new TrainStep after loading optimizer state.
     """
@@ -159,7 +192,7 @@ class TrainStep:
         fused = optimizer.param_groups[0]["fused"]
         if self.device.type == "cuda" and fused and distributed.ranks() == 1:
             self.rate = torch.zeros((), device=self.device)
-            self.stream = torch.cuda.Stream(self.device)
+            self.stream = _recording_stream(self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         # The key of the graph, or without one that of the last step and how many had it before.
         self.key, self.alike = None, 0
@@ -179,6 +212,9 @@ class TrainStep:
             self.key = key
             if self.alike < _WARM_UP:
                 return self._warm_up(images, labels)
+            if not self._fits_twice():
+                self.rate = None
+                return self._run(images, labels)
             self._record(images, labels)
         if key != self.key:
             return self._run(images, labels)
@@ -209,11 +245,20 @@ class TrainStep:
 
     def _warm_up(self, images: Tensor, labels: Tensor) -> None:
         """A step on the stream of the recording, as CUDA graphs ask for."""
+        if self.alike == 1:  # from here on the optimizer's state is there
+            torch.cuda.reset_peak_memory_stats(self.device)
         user = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(user)
         with torch.cuda.stream(self.stream):
             self._run(images, labels)
         user.wait_stream(self.stream)
+
+    def _fits_twice(self) -> bool:
+        """Whether what warm-up steps took at most is free twice over."""
+        free_memory()
+        used = torch.cuda.memory_allocated(self.device)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return 2 * (torch.cuda.max_memory_allocated(self.device) - used) <= free
 
     def _record(self, images: Tensor, labels: Tensor) -> None:
         """Make the graph of a step on `self.images` and `self.labels`; nothing is computed."""

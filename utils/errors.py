@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import functools
 import signal
 import sys
 import threading
@@ -49,15 +50,16 @@ def _terminate(*_: object) -> None:
 def script_errors() -> Iterator[None]:
     """Turn an `InputError` into `error: …` and exit 2, Ctrl-C into exit 130, SIGTERM into 143.
 
-    Warnings are printed as one line `warning: …`, without the place in the code.
+    Warnings are printed as one line `warning: …`, without the place in the code, each once.
     """
+    told = functools.cache(lambda message: _say("warning", message))
     main_thread = threading.current_thread() is threading.main_thread()
     ours = main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if ours:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: _say("warning", message)
+            warnings.showwarning = lambda message, *_: told(str(message))
             yield
     except (InputError, OSError) as error:
         if isinstance(error, OSError):

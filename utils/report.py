@@ -11,7 +11,7 @@ import platform
 import shlex
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 
 import torch
@@ -90,17 +90,28 @@ def write_csv(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
     write_text(path, text.getvalue())
 
 
-def patching_table(rows: Sequence[dict], own: Sequence[str]) -> str:
-    """The Markdown table of a run: TA, RA per corruption, mean RA, share recovered."""
+def patching_table(rows: Sequence[dict], own: Sequence[str], sources: Mapping[str, str]) -> str:
+    """The Markdown table of a run: TA, RA per corruption, mean RA, share recovered.
+
+    sources: where the images of each corruption come from, which each column of RA says in short.
+    """
     count = len(rows[0]["RA"])
-    extra = [f"RA all {count}, %"] if count > len(own) else []
-    columns = ["model", "TA, %", *(f"RA {c}, %" for c in own), "RA mean, %", *extra]
+    extra = [f"RA all {count} ({_origin(rows[0]['RA'], sources)}), %"] if count > len(own) else []
+    single = [f"RA {c} ({_origin([c], sources)}), %" for c in own]
+    columns = ["model", "TA, %", *single, "RA mean, %", *extra]
     lines = []
     for row in rows:
         every = fmean(row["RA"].values()) if len(row["RA"]) == count else None
         line = [row["model"], row["TA"], *(row["RA"].get(c) for c in own), row["RA_mean"]]
         lines.append([*line, *([every] if extra else []), row.get("recovered")])
     return markdown_table([*columns, "recovered, %"], lines)
+
+
+def _origin(names: Collection[str], sources: Mapping[str, str]) -> str:
+    made = sum(sources[name].startswith("generated") for name in names)
+    if made in (0, len(names)):
+        return "generated" if made else "from files"
+    return f"{made} generated"
 
 
 def warn_below_chance(rows: Sequence[dict], classes: int) -> None:

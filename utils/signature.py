@@ -185,7 +185,8 @@ class RobustWeightSignature:
         tensors = {}
         with torch.no_grad():
             for key in keys:
-                θ_pre, θ_std, θ_c = (states[role][key].float() for role in roles)
+                device = states["standard"][key].device
+                θ_pre, θ_std, θ_c = (states[role][key].to(device).float() for role in roles)
                 if is_carried(arch, key):
                     tensors[key] = θ_c - θ_std
                 else:
@@ -222,10 +223,12 @@ class RobustWeightSignature:
         if self.arch != other.arch:
             raise InputError(f"a signature of {self.arch} can't be added to one of {other.arch}")
         tensors = dict(self.tensors)
+        device = next((tensor.device for tensor in tensors.values()), None)
         for key, tensor in other.tensors.items():
             if tensors.get(key, tensor).shape != tensor.shape:
                 names = f"{self.name} and {other.name}"
                 raise InputError(f"signatures of {names} differ in the shape of {key}")
+            tensor = tensor.to(device=device)
             tensors[key] = tensors[key] + tensor if key in tensors else tensor
         keep_num = max(self.method.keep_num, other.method.keep_num)
         same = ("severity", "dataset", "pretrained", "standard")  # kept where both agree

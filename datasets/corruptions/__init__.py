@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -45,6 +47,7 @@ _TABLE = {
     "saturate": (digital.saturate, digital.SATURATE),
 }
 CORRUPTIONS = tuple(_TABLE)
+_PUBLISHED = {32: "CIFAR-10-C", 64: "Tiny-ImageNet-C"}  # side of images → who published them
 SEVERITIES = 5
 # name → "noise", "blur", "weather" or "digital", the file it is defined in
 FAMILIES = {name: function.__module__.rpartition(".")[2] for name, (function, _) in _TABLE.items()}
@@ -58,16 +61,20 @@ def corrupt(
     severity: int,
     generator: torch.Generator | None = None,
     frost_dir: str | None = None,
+    device: torch.device | str | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """A corrupted copy of `images`.
 
     images: uint8 (N, 3, H, W) on any device. severity: 1..5; images up to 48 pixels use the
     constants of CIFAR-10-C, larger ones those of Tiny-ImageNet-C. generator: gives the seed of
     all draws (default: torch's global CPU generator); one on the CPU serves images on any device.
-    frost_dir: folder with the frost photographs, for "frost". Returns uint8 (N, 3, H, W) on the
-    same device. Raises InputError for an unknown name, severity, shape or dtype.
+    frost_dir: folder with the frost photographs, for "frost". device: where images are corrupted, a
+    chunk at a time (default: where they are). out: uint8 (N, 3, H, W) to fill, on any device
+    (default: a new one where `images` are). Returns it.
+    Raises InputError for an unknown name, severity, shape or dtype.
     """
-    return _corrupt(images, name, severity, _base_seed(generator), 0, frost_dir)
+    return _corrupt(images, name, severity, _base_seed(generator), 0, frost_dir, device, out)
 
 
 def corrupt_chunks(
@@ -83,14 +90,13 @@ def corrupt_chunks(
     For sets too large to have twice in memory. device: where each chunk is moved and corrupted
     (default: where `images` are); the draws are those of `corrupt` on that device.
     """
-    seed = _base_seed(generator)
-    first = images[:1].to(device)
-    side_by_side = torch.get_num_threads() if first.device.type == "cpu" else 1
-    step = BLOCK * _blocks_per_chunk(first) * side_by_side
+    seed, device = _base_seed(generator), torch.device(device or images.device)
+    side_by_side = torch.get_num_threads() if device.type == "cpu" else 1
+    step = BLOCK * _blocks_per_chunk(images, device) * side_by_side
     for start in range(0, len(images), step):
         part = images[start : start + step].to(device)
-        rows = slice(start, start + len(part))
-        yield rows, _corrupt(part, name, severity, seed, start // BLOCK, frost_dir)
+        rows, block = slice(start, start + len(part)), start // BLOCK
+        yield rows, _corrupt(part, name, severity, seed, block, frost_dir)
 
 
 def _base_seed(generator: torch.Generator | None) -> int:
@@ -99,27 +105,54 @@ def _base_seed(generator: torch.Generator | None) -> int:
 
 
 def _corrupt(
-    images: Tensor, name: str, severity: int, seed: int, first_block: int, frost_dir: str | None
+    images: Tensor,
+    name: str,
+    severity: int,
+    seed: int,
+    first_block: int,
+    frost_dir: str | None,
+    device: torch.device | str | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`images`, which start at block `first_block` of their set, corrupted chunk by chunk."""
     check(name, severity)
     _check_images(images, name)
+    device = torch.device(device or images.device)
     function, table = _TABLE[name]
-    c = table[32 if max(images.shape[-2:]) <= 48 else 64][severity - 1]
+    c = table[_table_side(max(images.shape[-2:]))][severity - 1]
     parameters = inspect.signature(function).parameters
-    chunk = BLOCK * _blocks_per_chunk(images)
-    out = torch.empty_like(images, memory_format=torch.contiguous_format)
+    chunk = BLOCK * _blocks_per_chunk(images, device)
+    if out is None:
+        out = torch.empty_like(images, memory_format=torch.contiguous_format)
 
     def work(start: int) -> None:
-        part = images[start : start + chunk].contiguous()
+        part = images[start : start + chunk].to(device).contiguous()
         more = {"frost_dir": frost_dir} if "frost_dir" in parameters else {}
         if "draws" in parameters:
-            more["draws"] = Draws(len(part), images.device, seed, first_block + start // BLOCK)
+            more["draws"] = Draws(len(part), device, seed, first_block + start // BLOCK)
         out[start : start + chunk] = function(part, c, **more)
 
     with _full_precision():
-        _for_each(work, range(0, len(images), chunk), images.device)
+        _for_each(work, range(0, len(images), chunk), device)
     return out
+
+
+def _table_side(side: int) -> int:
+    return 32 if side <= 48 else 64
+
+
+def constants_for(images: Tensor) -> str:
+    """Whose constants `images` are corrupted with; a warning where it isn't those of their size."""
+    side = max(images.shape[-2:])
+    table = _table_side(side)
+    words = f"{_PUBLISHED[table]} ({table}×{table})"
+    if side != table:
+        warnings.warn(
+            f"corruptions have no constants for images of {side} pixels: those of {words} make "
+            "results that compare with no published ones",
+            stacklevel=2,
+        )
+    return words
 
 
 @contextlib.contextmanager
@@ -157,11 +190,11 @@ def _for_each(work: Callable[[int], None], starts: range, device: torch.device) 
         torch.set_num_threads(threads)  # set in one thread, it is the default of later ones
 
 
-def _blocks_per_chunk(images: Tensor) -> int:
+def _blocks_per_chunk(images: Tensor, device: torch.device) -> int:
     """Blocks in a chunk: one on a CPU, for the caches; elsewhere 64 MB in float32."""
-    if images.device.type == "cpu":
+    if device.type == "cpu":
         return 1
-    return max(1, 2**24 // (BLOCK * images[0].numel()))
+    return max(1, 2**24 // (BLOCK * math.prod(images.shape[1:])))
 
 
 def check(name: str, severity: int) -> None:

@@ -2,7 +2,8 @@
 
 Images are numbered in blocks of `BLOCK`; every block has a generator of its own, seeded with
 (seed + number of the block), so what a block gets depends neither on the chunk it is part of nor
-on the blocks before it. A chunk is a whole number of blocks.
+on the blocks before it. A chunk is a whole number of blocks. Every GPU draws the same: CUDA's draws
+depend on the number of multiprocessors above some 32,000 values, so blocks are filled by pieces.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
+_PIECE = 2**15  # values: 128 blocks of CUDA threads, what 22 multiprocessors hold at once
 
 
 class Draws:
@@ -31,7 +33,9 @@ class Draws:
     def _filled(self, shape: tuple[int, ...], dtype: torch.dtype, fill: str, *limits) -> Tensor:
         out = torch.empty(self.n, *shape, dtype=dtype, device=self.device)
         for part, generator in zip(out.split(BLOCK), self._generators, strict=True):
-            getattr(part, fill)(*limits, generator=generator)
+            whole = max(1, part.numel() if self.device.type == "cpu" else _PIECE)
+            for piece in part.view(-1).split(whole):
+                getattr(piece, fill)(*limits, generator=generator)
         return out
 
     def normal(self, *shape: int) -> Tensor:
