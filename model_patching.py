@@ -62,16 +62,18 @@ class Patching:
         self.device = choose_device(args.device)
         self.amp = use_amp(self.device, args.amp)
         self.stored = sources.load_signatures(args)
-        self.states, self.severities = sources.load_states(args)
+        base = ckpt.read(args.base_model)
+        self.states, self.severities = sources.load_states(args, base)
         stored = {c: s.severity or args.severity for s in self.stored for c in s.corruptions}
         self.severities |= stored
 
         clean = flags.load_images(args, args.data, "test")
-        base = ckpt.read(args.base_model)
         self.source = base.get("dataset", datasets.base_name(args.dataset))  # of θ_std
         path = args.patched_model or args.base_model
         checkpoint = ckpt.read(path) if args.patched_model else base
-        state = ckpt.state_dict_of(checkpoint, path)
+        self.facts = flags.data_facts(args, clean)
+        sources.check_facts(checkpoint, path, self.facts)
+        state = ckpt.state_dict_of(checkpoint, path, args.checkpoint_key)
         constants = ([0.0] * 3, [1.0] * 3)  # kept by a checkpoint that has its own
         if "normalize.mean" not in state:
             constants = normalization(clean.name, self._clean_train)
@@ -230,7 +232,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments.add(data, "seed test_all_corruptions")
     model = parser.add_argument_group("models")
     names = "arch pretrained pretrained_path base_model patched_model corruption_model_root"
-    arguments.add(model, names)
+    arguments.add(model, f"{names} checkpoint_key")
     signature = parser.add_argument_group("signature")
     arguments.add(signature, "keep_num", nargs="+", default=None)
     arguments.add(signature, arguments.METHOD.removeprefix("keep_num "))
@@ -315,13 +317,16 @@ def upper_bound(run: Patching) -> dict | None:
 
 
 def save_model(run: Patching, model: nn.Module) -> None:
-    """Write the patched model to --save_model, in the form train_corruption.py reads."""
+    """Write the patched model to --save_model: torchvision's keys, normalization beside them."""
     content = {
-        "state_dict": model.state_dict(),
+        "state_dict": ckpt.torchvision_state(model.state_dict()),
+        "normalization": {
+            k: getattr(model.normalize, k).flatten().tolist() for k in ("mean", "std")
+        },
         "arch": run.args.arch,
-        "dataset": datasets.base_name(run.args.dataset),
         "patched": list(run.args.corruption),
         "pretrained_hash": run.target.pretrained_hash,
+        **run.facts,
     }
     ckpt.save(content, run.args.save_model)
 

@@ -212,5 +212,3 @@ def test_code_is_refused_with_the_two_lines_that_save_the_weights(tmp_path):
         exec(said.partition("save the weights anew: ")[2])  # what a person would type
         found = ckpt.read_state_dict(f"{path}.weights.pth")
         assert torch.equal(found["0.weight"], model[0].weight)
-
-

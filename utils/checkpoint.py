@@ -49,7 +49,10 @@ def facts(checkpoint: Mapping) -> dict:
     if not {"arch", "dataset", "pretrained_hash", "state_dict"} <= checkpoint.keys():
         return {}
     plain = (str, int, list, type(None))
-    return {k: checkpoint[k] for k in FACTS if isinstance(checkpoint.get(k, ...), plain)}
+    known = {k: checkpoint[k] for k in FACTS if isinstance(checkpoint.get(k, ...), plain)}
+    if size := known.pop("image_size", None):  # older files have no more
+        known.setdefault("side", size)
+    return known
 
 
 def _holds_tensors(value: object, depth: int = _DEPTH) -> bool:
