@@ -64,7 +64,7 @@ class Patching:
         self.stored = sources.load_signatures(args)
         base = ckpt.read(args.base_model)
         self.states, self.severities = sources.load_states(args, base)
-        stored = {c: s.severity or args.severity for s in self.stored for c in s.corruptions}
+        stored = {c: s.severity or max(args.severity) for s in self.stored for c in s.corruptions}
         self.severities |= stored
 
         clean = flags.load_images(args, args.data, "test")
@@ -83,8 +83,13 @@ class Patching:
         self.target = to_device(model, self.device, self.amp).eval()
 
         measured = CORRUPTIONS if args.test_all_corruptions else args.corruption
+        self.labels = {c: [f"{c} {s}" for s in args.severity] for c in measured}
+        if len(args.severity) == 1:
+            self.labels = {c: [c] for c in measured}
         sets = {"clean": clean}
-        sets |= {c: self.corrupted(clean, c, "test", args.severity) for c in measured}
+        for c, labels in self.labels.items():
+            for label, s in zip(labels, args.severity, strict=True):
+                sets[label] = self.corrupted(clean, c, "test", s)
         self.sources = {name: images.source for name, images in sets.items()}
         self.sets = {  # on the device, where a sweep reads them again and again, if there is room
             name: images.to(self.device) if fits(images.images, self.device) else images
@@ -217,7 +222,7 @@ class Patching:
     def robust(self, name: str) -> dict:
         """`measure` of the robust model of `name`, on its own corruption."""
         path = sources.find_robust(self.args.corruption_model_root, name)
-        return self.other(path, [name], self.states[name])
+        return self.other(path, self.labels[name], self.states[name])
 
 
 # ---- command line -----------------------------------------------------------------------------
@@ -228,8 +233,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments.Parser(__doc__)
     data = parser.add_argument_group("data")
     names = "dataset image_size classes train_images test_images data corruption_data corruption"
-    arguments.add(data, f"{names} severity frost_dir", flags.FLAGS)
-    arguments.add(data, "seed test_all_corruptions")
+    arguments.add(data, f"{names} frost_dir", flags.FLAGS)
+    several = {"nargs": "+", "action": arguments.Distinct, "default": [5]}
+    arguments.add(data, "severity", flags.FLAGS, **several)
+    arguments.add(data, "seed test_all_corruptions baseline_log")
     model = parser.add_argument_group("models")
     names = "arch pretrained pretrained_path base_model patched_model corruption_model_root"
     arguments.add(model, f"{names} checkpoint_key")
@@ -258,12 +265,14 @@ def weightings(args: argparse.Namespace, n: int) -> list[list[float]]:
 def run(args: argparse.Namespace) -> dict:
     """Patch and evaluate as `args` (from `parse_args`) says; gives the table and its source."""
     run = Patching(args, Method.from_args(args, keep_num=args.keep_num[0]))
-    own, every = args.corruption, [name for name in run.sets if name != "clean"]
+    every = [name for name in run.sets if name != "clean"]
+    own = [label for name in args.corruption for label in run.labels[name]]
     print_header(run)
     standard = {"model": "standard", **run.standard(every)}
     rows, robust = [standard], upper_bound(run)
+    baseline = log.read(Path(args.baseline_log))["std"]["robust"] if args.baseline_log else None
     for keep_num in args.keep_num:
-        signatures = run.stored or [run.signature(name, keep_num=keep_num) for name in own]
+        signatures = run.stored or [run.signature(c, keep_num=keep_num) for c in args.corruption]
         for weights in weightings(args, len(signatures)):
             kept = " ".join(str(k) for k in dict.fromkeys(s.method.keep_num for s in signatures))
             title = f"patched, keep_num {kept}"
@@ -279,6 +288,8 @@ def run(args: argparse.Namespace) -> dict:
     rows += [robust] if robust else []
     for row in rows:
         row["RA_mean"] = fmean(row["RA"][c] for c in own)
+        if baseline:
+            row["mCE"] = report.mean_corruption_error(row["RA"], baseline, run.labels)
         if robust and row["model"].startswith("patched"):
             ras = standard["RA_mean"], row["RA_mean"], fmean(robust["RA"].values())
             row["recovered"] = report.recovered(*ras)
@@ -287,7 +298,7 @@ def run(args: argparse.Namespace) -> dict:
     places = [Path(f"{file}.json") for file in (args.save_log, args.save_model) if file]
     if args.save_signature:
         places.append(Path(args.save_signature) / "results.json")
-        for name, signature in zip(own, signatures, strict=True):
+        for name, signature in zip(args.corruption, signatures, strict=True):
             path = places[-1].with_name(f"{name}.rws")
             print(f"{path}: {signature.save(path):,} bytes")
     data = run.prints["clean"]
@@ -342,7 +353,7 @@ def print_header(run: Patching) -> None:
         or f"{' + '.join(args.corruption)}, keep_num {' '.join(map(str, args.keep_num))}",
         "weights": "; ".join(" ".join(f"{w:g}" for w in weights) for weights in every),
         "test images": f"{len(clean):,} of {clean.name}, clean and corrupted at severity "
-        f"{args.severity} ({'; '.join(origins)})",
+        f"{' '.join(map(str, args.severity))} ({'; '.join(origins)})",
         **flags.frost_note(run.sets, args.frost_dir),
         "device": f"{report.device_name(run.device)}, {arithmetic(run.device, run.amp, args.amp)}",
     }

@@ -247,6 +247,7 @@ class Study:
             return self._ready[1]
         args = copy.copy(self.args)
         args.seed, args.corruption = seed, dict(self.seeds)[seed]
+        args.severity = [args.severity]
         args.base_model, args.patched_model = self.standard(seed), target
         args.corruption_model_root = self.robust_root(seed)
         args.signature, args.corruption_data, args.test_all_corruptions = [], None, False

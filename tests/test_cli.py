@@ -313,6 +313,34 @@ def test_published_corrupted_set_is_read(models, cifar, tmp_path, capsys):
     assert result["sources"]["snow"] == "generated, seed 0, constants of CIFAR-10-C (32×32)"
 
 
+def test_all_severities_in_one_run(models, cifar, tmp_path, capsys):
+    """As one run for each, and mCE by its definition (Hendrycks & Dietterich, 2019)."""
+    both = patch_arguments(models, cifar, "fog", "gaussian_noise", "--keep_num", 1)
+    log = tmp_path / "log.pt"
+    rows = patch(*both, "--severity", 5, 3, "--save_log", log)["rows"]
+    for s in (3, 5):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            of_one = patch(*both, "--severity", s)["rows"]
+        for row, single in zip(rows, of_one, strict=True):
+            assert {c: row["RA"][f"{c} {s}"] for c in single["RA"]} == single["RA"]
+            assert row["TA"] == single["TA"]
+    for row in rows:
+        assert len(row["RA"]) == 4 and row["RA_mean"] == pytest.approx(sum(row["RA"].values()) / 4)
+    capsys.readouterr()
+    with_mce = patch(*both, "--severity", 5, 3, "--baseline_log", log)["rows"]
+    assert "| mCE, % |" in capsys.readouterr().out and with_mce[0]["mCE"] == pytest.approx(100)
+    for row in with_mce:
+        errors = {
+            c: sum(100 - row["RA"][f"{c} {s}"] for s in (3, 5))
+            / sum(100 - rows[0]["RA"][f"{c} {s}"] for s in (3, 5))
+            for c in ("fog", "gaussian_noise")
+        }
+        assert row["mCE"] == pytest.approx(50 * sum(errors.values()))
+    with pytest.raises(InputError, match="--baseline_log: no RA of fog, gaussian_noise; measure"):
+        patch(*both, "--baseline_log", log)
+
+
 def test_signature_keeps_the_severity_it_was_trained_at(models, cifar, tmp_path):
     keep = ("--keep_num", 1, "--severity", 1, "--save_signature", tmp_path)
     patch(*patch_arguments(models, cifar, "fog", *keep))

@@ -214,6 +214,7 @@ FLAGS = {
     ),
     "save_signature": flag("write each signature to DIR/CORRUPTION.rws", "DIR"),
     "save_log": flag("accumulate TA and RA over runs in FILE; this run's go to FILE.json", "FILE"),
+    "baseline_log": flag("a --save_log whose standard model is the baseline of mCE", "FILE"),
     "save_model": flag("write the patched model, with torchvision's keys", "FILE"),
     "test_all_corruptions": switch("measure RA on all 19, not only these"),
     # files

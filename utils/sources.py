@@ -58,6 +58,8 @@ def check(args: argparse.Namespace) -> None:
     check_outputs(args)
     if args.save_log:
         log.read(Path(args.save_log))
+    if args.baseline_log and not Path(args.baseline_log).is_file():
+        raise InputError(f"--baseline_log {args.baseline_log}: no such log, --save_log writes one")
 
 
 def find_robust(root: str | Path, corruption: str) -> Path:
@@ -107,8 +109,8 @@ def load_states(
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
     """θ_pre, θ_std and every θ_c as float32 state dicts; with --signature only the θ_c given.
 
-    base: what --base_model holds. Also the severity that each θ_c says it was trained at
-    (--severity where it says nothing). Raises InputError for models of several data sets.
+    base: what --base_model holds. Also the severity that each θ_c says it was trained at (the
+    highest --severity where it says nothing). Raises InputError for models of several data sets.
     """
     states, severities = {}, {}
     known, key = ckpt.facts(base), args.checkpoint_key
@@ -129,10 +131,10 @@ def load_states(
         check_facts(checkpoint, path, {"corruption": [name], **like})
         states[name] = ckpt.state_dict_of(checkpoint, path, key)
         severity = checkpoint.get("severity")
-        severities[name] = severity if severity in range(1, 6) else args.severity
-        if severities[name] != args.severity:
-            said = f"{path} was trained at severity {severity}"
-            warnings.warn(f"{said}, --severity is {args.severity}", stacklevel=2)
+        severities[name] = severity if severity in range(1, 6) else max(args.severity)
+        if severities[name] not in args.severity:
+            said = f"{path} was trained at severity {severity}, --severity is"
+            warnings.warn(f"{said} {' '.join(map(str, args.severity))}", stacklevel=2)
         lineage = checkpoint.get("pretrained_hash")
         if lineage and not args.signature and lineage != pretrained_hash:
             warnings.warn(f"{path} was not fine-tuned from {source}", stacklevel=2)
