@@ -32,7 +32,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 import datasets
-from datasets import flags, loader, synthetic
+from datasets import bank, flags, loader, synthetic
 from datasets.corrupted import Copies, corrupted_set
 from datasets.corruptions import CORRUPTIONS, corrupt
 from datasets.images import ImageSet
@@ -277,6 +277,7 @@ def signature(args: Namespace, device: torch.device) -> Iterator[dict]:
     extract = partial(RobustWeightSignature.extract, θ_pre, θ_std, θ_c, method=method)
     rws, key = extract(), method.keys(args.arch)[0]
     deltas = θ_c[key] - θ_pre[key], θ_std[key] - θ_pre[key]
+    six, mixed = bank.example(rws, model.eval())
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "one.rws"
         size = rws.save(file)
@@ -290,6 +291,10 @@ def signature(args: Namespace, device: torch.device) -> Iterator[dict]:
                 "classic: n×n matrix": partial(project_by_matrix, *deltas),
             },
             f"extract {len(rws.tensors)} tensors, quantize": {"RWS": extract},
+            f"predict {len(mixed)} images": {
+                "RWS, each its own of six or none": partial(six.predict, model, mixed),
+                "classic: a plain forward pass": torch.no_grad()(partial(model, mixed)),
+            },
             f"save {size:,} bytes": {"RWS": partial(rws.save, file)},
             f"load {size:,} bytes": {"RWS": partial(RobustWeightSignature.load, file)},
         }

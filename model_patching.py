@@ -14,6 +14,8 @@ Several values of --keep_num or --alpha give a row of the table each. Signatures
     ... --quantization 16 --save_signature signatures        # signatures/gaussian_noise.rws, packed
     python model_patching.py --dataset cifar10 --arch vgg16 --data data/cifar10 \\
         --base_model standard.pth.tar --signature signatures/gaussian_noise.rws --alpha 0.5 1
+
+Of several every image can choose its own: --signature signatures/*.rws --choose 1
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
+import torch
 from torch import Tensor, nn
 
 import datasets
-from datasets import flags
+from datasets import bank, flags
 from datasets.corrupted import Copies, corrupted_set
 from datasets.corruptions import CORRUPTIONS
 from datasets.images import ImageSet, fingerprint
@@ -41,6 +44,7 @@ from utils import checkpoint as ckpt
 from utils.batchnorm import has_batchnorm, reestimate
 from utils.engine import arithmetic, choose_device, evaluate, to_device, use_amp
 from utils.errors import script_errors
+from utils.fingerprint import SignatureBank
 from utils.measurements import Measurements
 from utils.signature import Method, RobustWeightSignature, patch
 
@@ -61,6 +65,7 @@ class Patching:
         self.args, self.method = args, method
         self.device = choose_device(args.device)
         self.amp = use_amp(self.device, args.amp)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, self.amp)
         self.stored = sources.load_signatures(args)
         base = ckpt.read(args.base_model)
         self.states, self.severities = sources.load_states(args, base)
@@ -83,9 +88,8 @@ class Patching:
         self.target = to_device(model, self.device, self.amp).eval()
 
         measured = CORRUPTIONS if args.test_all_corruptions else args.corruption
-        self.labels = {c: [f"{c} {s}" for s in args.severity] for c in measured}
-        if len(args.severity) == 1:
-            self.labels = {c: [c] for c in measured}
+        several = len(args.severity) > 1
+        self.labels = {c: [c + f" {s}" * several for s in args.severity] for c in measured}
         sets = {"clean": clean}
         for c, labels in self.labels.items():
             for label, s in zip(labels, args.severity, strict=True):
@@ -103,6 +107,10 @@ class Patching:
     @functools.cached_property
     def _clean_train(self) -> ImageSet:
         return flags.load_images(self.args, self.args.data, "train")
+
+    @functools.cached_property
+    def validation(self) -> ImageSet:
+        return flags.load_images(self.args, self.args.data, "val")
 
     # ---- signatures and patches ----------------------------------------------------------
 
@@ -122,6 +130,16 @@ class Patching:
                 seed=self.args.seed,
             )
         return self._signatures[name, method]
+
+    def fingerprinted(self, signature: RobustWeightSignature) -> RobustWeightSignature:
+        """`signature` with all that a bank needs: fingerprint, and statistics of batch norm."""
+        if has_batchnorm(self.target) and not signature.statistics:
+            with self.patched([signature], [1.0]) as model:
+                kept = {k: t.clone() for k, t in model.named_buffers() if "running_" in k}
+            signature = replace(signature, statistics=kept)
+        how = Copies(5, self.args.seed, None, self.args.frost_dir, self.device)
+        with self.autocast:
+            return bank.fingerprinted(signature, self.target, self.validation, how)
 
     @contextlib.contextmanager
     def patched(
@@ -234,8 +252,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data = parser.add_argument_group("data")
     names = "dataset image_size classes train_images test_images data corruption_data corruption"
     arguments.add(data, f"{names} frost_dir", flags.FLAGS)
-    several = {"nargs": "+", "action": arguments.Distinct, "default": [5]}
-    arguments.add(data, "severity", flags.FLAGS, **several)
+    arguments.add(data, "severity", flags.FLAGS, nargs="+", action=arguments.Distinct, default=[5])
     arguments.add(data, "seed test_all_corruptions baseline_log")
     model = parser.add_argument_group("models")
     names = "arch pretrained pretrained_path base_model patched_model corruption_model_root"
@@ -243,20 +260,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     signature = parser.add_argument_group("signature")
     arguments.add(signature, "keep_num", nargs="+", default=None)
     arguments.add(signature, arguments.METHOD.removeprefix("keep_num "))
-    arguments.add(signature, "alpha finetune_alpha signature")
+    arguments.add(signature, "alpha finetune_alpha signature choose")
     arguments.add(parser.add_argument_group("output"), "save_signature save_log save_model")
     arguments.add(parser, "device amp")
     args = parser.parse_args(argv)
     sources.check(args)
     args.keep_num = args.keep_num or [Method.keep_num]
     return args
-
-
-def weightings(args: argparse.Namespace, n: int) -> list[list[float]]:
-    """The weights w_c of n signatures, for each row: --finetune_alpha, or for each --alpha a/n."""
-    if args.finetune_alpha is not None:
-        return [args.finetune_alpha]
-    return [[a / n] * n for a in args.alpha]
 
 
 # ---- one run ----------------------------------------------------------------------------------
@@ -267,13 +277,16 @@ def run(args: argparse.Namespace) -> dict:
     run = Patching(args, Method.from_args(args, keep_num=args.keep_num[0]))
     every = [name for name in run.sets if name != "clean"]
     own = [label for name in args.corruption for label in run.labels[name]]
+    chooser = SignatureBank(run.stored, args.signature) if args.choose else None
     print_header(run)
     standard = {"model": "standard", **run.standard(every)}
     rows, robust = [standard], upper_bound(run)
     baseline = log.read(Path(args.baseline_log))["std"]["robust"] if args.baseline_log else None
-    for keep_num in args.keep_num:
+    if chooser:
+        robust = choose(run, chooser, rows)
+    for keep_num in () if chooser else args.keep_num:
         signatures = run.stored or [run.signature(c, keep_num=keep_num) for c in args.corruption]
-        for weights in weightings(args, len(signatures)):
+        for weights in sources.weightings(args, len(signatures)):
             kept = " ".join(str(k) for k in dict.fromkeys(s.method.keep_num for s in signatures))
             title = f"patched, keep_num {kept}"
             if args.finetune_alpha is not None:
@@ -284,12 +297,16 @@ def run(args: argparse.Namespace) -> dict:
                 weights_hash = ckpt.tensors_hash(model.state_dict())
                 rows.append({"model": title, **run.measure(weights_hash, every, title)})
                 if args.save_model:
-                    save_model(run, model)
+                    facts = {"arch": args.arch, "patched": list(args.corruption), **run.facts}
+                    facts |= {"pretrained_hash": model.pretrained_hash}
+                    ckpt.save_model(model, args.save_model, facts)
     rows += [robust] if robust else []
     for row in rows:
         row["RA_mean"] = fmean(row["RA"][c] for c in own)
         if baseline:
             row["mCE"] = report.mean_corruption_error(row["RA"], baseline, run.labels)
+        if chooser:
+            row["mixture"] = fmean([row["TA"], *(row["RA"][c] for c in own)])
         if robust and row["model"].startswith("patched"):
             ras = standard["RA_mean"], row["RA_mean"], fmean(robust["RA"].values())
             row["recovered"] = report.recovered(*ras)
@@ -300,7 +317,7 @@ def run(args: argparse.Namespace) -> dict:
         places.append(Path(args.save_signature) / "results.json")
         for name, signature in zip(args.corruption, signatures, strict=True):
             path = places[-1].with_name(f"{name}.rws")
-            print(f"{path}: {signature.save(path):,} bytes")
+            print(f"{path}: {run.fingerprinted(signature).save(path):,} bytes")
     data = run.prints["clean"]
     result = {"rows": rows, "sources": run.sources, "arguments": vars(args), "data": data}
     result |= report.provenance(run.device)
@@ -309,6 +326,26 @@ def run(args: argparse.Namespace) -> dict:
     if args.save_log:
         log.update(Path(args.save_log), standard, rows[1])
     return result
+
+
+def choose(run: Patching, chooser: SignatureBank, rows: list[dict]) -> dict:
+    """Add the row where images choose to that of the standard model; gives the oracle's.
+
+    The oracle knows the corruption of every image, and patches with its signature at α = 1.
+    """
+    n = run.args.choose
+    with run.autocast:
+        ways = bank.calibrated(chooser, run.target, run.validation, [n])
+        (found,) = bank.measure(chooser, run.target, run.sets, ways)
+        chosen, plain = bank.seconds(chooser, run.target, run.sets, n)
+    print(f"{bank.named_table(found['named'])}\n")
+    print(f"{1e3 * chosen:.2f} ms an image, {chosen / plain:.2f} × a plain forward pass\n")
+    title = f"patched, {n} at a time choose"
+    rows.append({"model": title, "TA": found["RA"].pop("clean"), **found})
+    ra = {}
+    for s in run.stored:
+        ra |= run.with_patch([s], [1.0], run.labels[s.name])["RA"]
+    return {"model": "each its own signature", "TA": rows[0]["TA"], "RA": ra}
 
 
 def upper_bound(run: Patching) -> dict | None:
@@ -327,31 +364,18 @@ def upper_bound(run: Patching) -> dict | None:
     return {"model": "robust", "TA": fmean(ta), "RA": ra}
 
 
-def save_model(run: Patching, model: nn.Module) -> None:
-    """Write the patched model to --save_model: torchvision's keys, normalization beside them."""
-    content = {
-        "state_dict": ckpt.torchvision_state(model.state_dict()),
-        "normalization": {
-            k: getattr(model.normalize, k).flatten().tolist() for k in ("mean", "std")
-        },
-        "arch": run.args.arch,
-        "patched": list(run.args.corruption),
-        "pretrained_hash": run.target.pretrained_hash,
-        **run.facts,
-    }
-    ckpt.save(content, run.args.save_model)
-
-
 def print_header(run: Patching) -> None:
     """Say what is about to be patched and measured."""
     args, clean = run.args, run.sets["clean"]
-    every = weightings(args, len(args.signature or args.corruption))
+    every = sources.weightings(args, len(args.signature or args.corruption))
     origins = sorted({source for name, source in run.sources.items() if name != "clean"})
     facts = {
         "model": f"{args.arch}: {args.patched_model or args.base_model}",
         "signatures": " ".join(args.signature)
         or f"{' + '.join(args.corruption)}, keep_num {' '.join(map(str, args.keep_num))}",
-        "weights": "; ".join(" ".join(f"{w:g}" for w in weights) for weights in every),
+        "weights": f"chosen, {args.choose} images at a time"
+        if args.choose
+        else "; ".join(" ".join(f"{w:g}" for w in weights) for weights in every),
         "test images": f"{len(clean):,} of {clean.name}, clean and corrupted at severity "
         f"{' '.join(map(str, args.severity))} ({'; '.join(origins)})",
         **flags.frost_note(run.sets, args.frost_dir),

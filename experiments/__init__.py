@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from experiments import (
     alpha,
+    choose,
     compose,
     consistency,
     keep_num,
@@ -32,4 +33,5 @@ EXPERIMENTS = {
     "alpha": alpha,
     "compose": compose,
     "transfer": transfer,
+    "choose": choose,
 }

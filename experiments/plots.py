@@ -168,11 +168,13 @@ def heat_map(
     path: Path,
     axes_names: tuple[str, str] = ("", ""),
     groups: Sequence[str] = (),
+    label: str = "cosine",
 ) -> None:
-    """Cosines (`tables.pivot`) with their values written in, colours symmetric about 0.
+    """Values (`tables.pivot`) that are also written in, colours symmetric about 0.
 
-    groups: of the lines and columns of a square matrix; a rule is drawn between them. A square
-    matrix of three or more also gets the tree of average linkage over 1 − cosine beside it.
+    label: what they are; groups: of the lines and columns of a square matrix; a rule is drawn
+    between them. A square matrix of three or more also gets the tree of average linkage over
+    1 − cosine beside it.
     """
     rows, values = list(lines), np.array(list(lines.values()))
     square = bool(groups) and len(rows) > 2
@@ -190,7 +192,7 @@ def heat_map(
             axis.axhline(i - 0.5, color="black", linewidth=1)
             axis.axvline(i - 0.5, color="black", linewidth=1)
     beyond = "max" if groups else "neither"  # the 1s of the diagonal
-    figure.colorbar(image, ax=axis, label="cosine", shrink=0.7, extend=beyond)
+    figure.colorbar(image, ax=axis, label=label, shrink=0.7, extend=beyond)
     if square:
         distances = np.clip(1 - (values + values.T) / 2, 0, None)
         np.fill_diagonal(distances, 0)

@@ -6,7 +6,8 @@ logits = model(images)          # images (N, 3, H, W) in [0, 1]; the model norma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -38,3 +39,17 @@ def build_model(
 def head_prefix(arch: str) -> str:
     """The state-dict prefix of the classification head of `arch`, e.g. "fc."."""
     return "classifier." if arch.startswith("vgg") else "fc."
+
+
+def split(model: nn.Module, keys: Iterable[str]) -> tuple[nn.Module, nn.Module]:
+    """(shallow, deep), in a row the model; the parameters `keys` are all in shallow.
+
+    Both share the model's modules; shallow has its state-dict keys. Of anything but a VGG here
+    shallow is the whole.
+    """
+    if not isinstance(model, VGG):
+        return model, nn.Identity()
+    depth = max(int(key.split(".")[1]) for key in keys) + 1  # features.N.weight
+    shallow = OrderedDict(normalize=model.normalize, features=model.features[:depth])
+    deep = (model.features[depth:], model.avgpool, nn.Flatten(), model.classifier)
+    return nn.Sequential(shallow), nn.Sequential(*deep)

@@ -22,6 +22,7 @@ from models import build_model
 from tests.folders import write_folders
 from utils import checkpoint as ckpt
 from utils.errors import InputError
+from utils.fingerprint import SignatureBank
 from utils.signature import RobustWeightSignature
 from utils.sources import find_robust
 
@@ -267,6 +268,37 @@ def test_patching_from_stored_signatures_alone(models, cifar, tmp_path):
     other = "vgg13" if arch == "vgg11" else "resnet34"
     with pytest.raises(InputError, match=arch):
         patch(*(other if x == arch else x for x in common), *base, "--signature", files[0])
+
+
+def test_stored_signatures_choose(models, cifar, tmp_path, capsys):
+    names, arch, folder = ("fog", "gaussian_noise"), *models
+    patch(*patch_arguments(models, cifar, *names, "--keep_num", 2, "--save_signature", tmp_path))
+    files = [tmp_path / f"{name}.rws" for name in names]
+    known = SignatureBank.load(files).signatures
+    assert all(len(s.fingerprint["strength"]) == 5 for s in known)
+    assert all(bool(s.statistics) == (arch == "resnet18") for s in known)
+    common = (
+        "--arch",
+        arch,
+        "--dataset",
+        "cifar10",
+        "--data",
+        cifar,
+        "--device",
+        "cpu",
+        "--no-amp",
+    )
+    common += ("--base_model", folder / "standard" / "model_SA_best.pth.tar", "--signature")
+    capsys.readouterr()
+    standard, chosen, oracle = patch(*common, *files, "--choose", 2)["rows"]
+    printed = capsys.readouterr().out
+    assert "× a plain forward pass" in printed and "| clean and these mixed, % |" in printed
+    assert chosen["model"] == "patched, 2 at a time choose"
+    assert chosen["mixture"] == pytest.approx((chosen["TA"] + sum(chosen["RA"].values())) / 3)
+    assert set(chosen["named"]["clean"]) == {"clean", *names}
+    alone = patch(*common, files[1])["rows"][1]
+    assert oracle["RA"]["gaussian_noise"] == alone["RA"]["gaussian_noise"]
+    assert oracle["TA"] == standard["TA"]
 
 
 def test_transfer_to_another_data_set_and_a_later_backbone(models, cifar, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from experiments import EXPERIMENTS, report, tables
 from experiments.alpha import TAKEN_OFF
+from experiments.choose import CHOSEN, ORACLE
 from experiments.compose import COMPOSED
 from experiments.layers import CONTROL
 from experiments.tables import (
@@ -157,6 +158,30 @@ def test_transfer(moved, verdict):
     assert got == PARTLY and "another data set: not measured" in words
 
 
+@pytest.mark.parametrize(
+    ("ra", "ta", "verdict"),
+    [
+        (69, 89.0, HOLDS),
+        (69, 88.0, PARTLY),
+        (67, 90.0, PARTLY),
+        (65, 90.0, FAILS),
+        (69, 86.0, FAILS),
+    ],
+)
+def test_choose(ra, ta, verdict):
+    chosen = [
+        row(CHOSEN, ra, ta=ta, together=1, right=80.0, family=90.0),
+        row(CHOSEN, 99, together=4, right=99.0, family=99.0),
+    ]
+    curve = [{"seed": 0, "model": CHOSEN, "severity": s, "value": 60.0} for s in (1, 5)]
+    curve += [r | {"model": STANDARD, "value": v} for r, v in zip(curve, (61.0, 50.0), strict=True)]
+    rows = [row(STANDARD, 50), *chosen, row(ORACLE, 70), *curve]
+    got, words = judge("choose", rows)
+    assert got == verdict and f"{(ra - 50) * 5} % of the oracle" in words
+    assert "named right one at a time 80 %" in words and "at 1 of 2 severities" in words
+    assert judge("choose", [*rows[:3], row(ORACLE, 40), *curve])[0] == FAILS
+
+
 # ---- tables ---------------------------------------------------------------------------------
 
 
@@ -196,7 +221,7 @@ def test_report_gathers_and_combines(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "## alpha: holds partly\n" in text and text.count("c/alpha") == 1
     assert text.index("## Ablations") < text.index("c/alpha")
-    assert text.index("**Of another network.**") < text.index("| experiment")
+    assert text.count(" **Of another network.** [Table](b/alpha/table.md)") == 1
     assert text.count("made up; briefly") == 1 and text.count("python reproduce.py alpha") == 1
     report.write(tmp_path / "c")  # an ablation alone
     assert "## alpha: not measured" in (tmp_path / "c" / "README.md").read_text()

@@ -11,7 +11,11 @@ import make_corruptions
 import model_patching
 import reproduce
 import train_corruption
+from datasets import synthetic
+from datasets.corruptions import corrupt
 from models import build_model
+from utils.fingerprint import fit
+from utils.signature import Method, RobustWeightSignature
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -36,6 +40,22 @@ def test_python_example_runs(tmp_path, monkeypatch):
     exec(example.replace("\nboth =", f"\n{snow}\nboth ="), names)
     assert not torch.equal(seen[0], before["features.0.weight"])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_bank_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, images = build_model("vgg11", 10), synthetic.load("val").images[:40]
+    for name in ("fog", "snow"):
+        copies = [corrupt(images, name, s) for s in range(1, 6)]
+        tensors = {"features.0.weight": torch.ones(64, 3, 3, 3)}
+        known = {"corruptions": (name,), "fingerprint": fit([images, *copies])}
+        RobustWeightSignature(tensors, "vgg11", Method(), **known).save(f"{name}.rws")
+    names = {"model": model, "images": copies[4].float() / 255}
+    exec(
+        re.findall(r"```python\n(from utils.fingerprint.+?)```", README, flags=re.DOTALL)[0], names
+    )
+    assert names["logits"].shape == (40, 10)
+    assert not torch.allclose(names["logits"], model(names["images"]), atol=1e-3)
 
 
 def commands():

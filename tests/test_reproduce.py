@@ -259,6 +259,7 @@ def test_demo_on_few_images(tmp_path, monkeypatch, capsys):
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
     rows = results(tmp_path / "out")["rows"]
     assert {row["corruption"] for row in rows} == {"fog", "gaussian_noise"}
+    assert len(select(rows, model="patched, each image chooses")) == 2
     assert not select(rows, model=UNION) and settings.DEMO[0] == "main"
     capsys.readouterr()
     reproduce.main(demo)  # everything is there

@@ -161,6 +161,7 @@ PATCH = [
     ("--quantization_type log", r"error: --quantization_type goes with --quantization"),
     ("--severity 9", r"--severity 9: must be"),
     ("--device cuda", r"--device cuda: .*try auto or cpu"),
+    ("--choose 1", r"--choose needs a bank: name its files with --signature"),
     ("--keep_num 1 2 --save_signature out", r"--save_signature takes one patch"),
     ("--corruption fog snow", r"--corruption_model_root .*: no folder for snow \(there: fog"),
     ("--corruption_model_root {w}/nowhere", r"--corruption_model_root .*nowhere: no such folder"),
@@ -201,6 +202,10 @@ PATCH = [
             ),
             ("--signature {w}/shapes.rws", r"conv1\.weight is \(2,\), the model's is \(64, 3"),
             ("--signature {w}/fog.rws --keep_num 1", r"--keep_num is for extracting"),
+            ("--signature {w}/fog.rws --choose 0", r"--choose 0: must be 1 to 256"),
+            ("--signature {w}/fog.rws --choose 1", r"fog\.rws: has no fingerprint; make it again"),
+            ("--signature {w}/fog.rws --choose 1 --alpha 2", r"--alpha is for one patch"),
+            ("--signature {w}/fog.rws --choose 1 --save_model m", r"--save_model is for one patch"),
             ("--signature {w}/fog.rws --finetune_alpha 1 2", r"--finetune_alpha has 2 values"),
         )
     ),

@@ -212,6 +212,11 @@ FLAGS = {
         nargs="+",
         default=[],
     ),
+    "choose": flag(
+        "let the signatures choose, for N images in a row at a time; 1: for each image",
+        "N",
+        type=count(1, 256),
+    ),
     "save_signature": flag("write each signature to DIR/CORRUPTION.rws", "DIR"),
     "save_log": flag("accumulate TA and RA over runs in FILE; this run's go to FILE.json", "FILE"),
     "baseline_log": flag("a --save_log whose standard model is the baseline of mCE", "FILE"),

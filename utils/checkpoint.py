@@ -297,6 +297,13 @@ def torchvision_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().cpu() for k, v in state.items() if not k.startswith("normalize.")}
 
 
+def save_model(model: nn.Module, path: str | os.PathLike, facts: Mapping) -> None:
+    """Write `model` in the form of `torchvision_state`, its normalization and `facts` beside it."""
+    constants = {k: getattr(model.normalize, k).flatten().tolist() for k in ("mean", "std")}
+    state = torchvision_state(model.state_dict())
+    save({"state_dict": state, "normalization": constants, **facts}, path)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     from utils import arguments  # which needs the names above

@@ -112,6 +112,14 @@ def patch(model: nn.Module, signature: RobustWeightSignature, alpha: float = 1.0
     if not math.isfinite(alpha):
         raise InputError(f"alpha is {alpha}, must be a finite number")
     model = _inside(model)
+    check_fits(model, signature)
+    handle = Patch(model, signature, alpha)
+    _PATCHES.setdefault(model, []).append(handle)
+    return handle
+
+
+def check_fits(model: nn.Module, signature: RobustWeightSignature) -> None:
+    """Raise InputError, and warn, where `patch` does."""
     parameters = dict(model.named_parameters())
     name = f"signature of {signature.name}"
     for key, tensor in signature.tensors.items():
@@ -127,6 +135,3 @@ def patch(model: nn.Module, signature: RobustWeightSignature, alpha: float = 1.0
             f"the model from {lineage}",
             stacklevel=1,
         )
-    handle = Patch(model, signature, alpha)
-    _PATCHES.setdefault(model, []).append(handle)
-    return handle

@@ -116,6 +116,7 @@ def patching_table(rows: Sequence[dict], own: Sequence[str], sources: Mapping[st
     """
     count = len(rows[0]["RA"])
     extra = [f"RA all {count} ({_origin(rows[0]['RA'], sources)}), %"] if count > len(own) else []
+    extra += ["clean and these mixed, %"] if "mixture" in rows[0] else []
     single = [f"RA {c} ({_origin([c], sources)}), %" for c in own]
     mce = ["mCE, %"] if "mCE" in rows[0] else []
     columns = ["model", "TA, %", *single, "RA mean, %", *extra, *mce]
@@ -123,8 +124,8 @@ def patching_table(rows: Sequence[dict], own: Sequence[str], sources: Mapping[st
     for row in rows:
         every = fmean(row["RA"].values()) if len(row["RA"]) == count else None
         line = [row["model"], row["TA"], *(row["RA"].get(c) for c in own), row["RA_mean"]]
-        more = [*([every] if extra else []), *(row["mCE"] for _ in mce)]
-        lines.append([*line, *more, row.get("recovered")])
+        line += [every] * (count > len(own)) + [row[k] for k in ("mixture", "mCE") if k in row]
+        lines.append([*line, row.get("recovered")])
     return markdown_table([*columns, "recovered, %"], lines)
 
 

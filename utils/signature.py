@@ -29,7 +29,7 @@ from utils import quantize
 from utils.arguments import FLAGS
 from utils.checkpoint import backbone_hash, read_state_dict, weights_in
 from utils.errors import InputError
-from utils.patch import _PATCHES, Patch, patch  # noqa: F401, the other half of the interface
+from utils.patch import _PATCHES, Patch, check_fits, patch  # noqa: F401, the other half of the interface
 
 StateDict = Mapping[str, Tensor]
 Source = Mapping | nn.Module | str | os.PathLike  # of weights: `utils.checkpoint.weights_in`
@@ -124,7 +124,10 @@ class RobustWeightSignature:
     also θ_c − θ_std of the batch-norm affine parameters and downsample branches of every stage.
     `pretrained`, `standard` and `robust` are hashes of the source backbones
     (`utils.checkpoint.backbone_hash`); `codes` are those of a quantized signature's tensors.
-    Raises InputError for NaN or Inf inside.
+    Also float32 tensors by name, empty where not known: `statistics`, the batch-norm running
+    statistics of θ_std with the signature on at α = 1 (`utils.batchnorm`); `fingerprint` of its
+    corruption; `weights`, those of the signatures that it is the sum of, where learnt
+    (`utils.learn`). Raises InputError for NaN or Inf inside.
     """
 
     tensors: dict[str, Tensor]
@@ -137,9 +140,13 @@ class RobustWeightSignature:
     standard: str | None = None
     robust: tuple[str, ...] = ()
     codes: dict[str, quantize.Quantized] = field(default_factory=dict, repr=False)
+    statistics: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    fingerprint: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        for key, tensor in self.tensors.items():
+        parts = (self.tensors, self.statistics, self.fingerprint, self.weights)
+        for key, tensor in (item for part in parts for item in part.items()):
             if not torch.isfinite(tensor).all():
                 raise InputError(f"signature of {self.name}: NaN or Inf in {key}")
 
@@ -242,6 +249,7 @@ class RobustWeightSignature:
             corruptions=(*self.corruptions, *other.corruptions),
             robust=(*self.robust, *other.robust),
             codes={},
+            fingerprint={},
             **{f: None for f in same if getattr(self, f) != getattr(other, f)},
         )
 

@@ -1,7 +1,8 @@
 """The packed form of a signature: one file that `torch.load(weights_only=True)` reads.
 
 `meta` (plain values), `payload` (one uint8 tensor: each tensor's codes at ⌈log2 N⌉ bits, or its
-float32 bytes, end to end) and `checksum` (SHA-256 over both).
+float32 bytes, end to end) and `checksum` (SHA-256 over both). Version 2 adds `SECTIONS`, which may
+be empty; version 1 is read too.
 
     python -m utils.signature_file show fog.rws
 """
@@ -26,7 +27,8 @@ from utils.errors import InputError, script_errors
 from utils.signature import Method, RobustWeightSignature
 
 FORMAT = "robust-weight-signature"
-VERSION = 1
+VERSION = 2
+SECTIONS = ("statistics", "fingerprint", "weights")  # float32 tensors by name behind the signature
 # What a file says of a signature beside its tensors, and the type of each.
 FACTS = {"arch": str, "method": dict, "severity": int | None}
 FACTS |= dict.fromkeys(("corruptions", "robust"), list)
@@ -39,6 +41,10 @@ def save(signature: RobustWeightSignature, path: str | os.PathLike) -> int:
     meta = {name: getattr(signature, name) for name in FACTS}
     meta |= {"corruptions": list(signature.corruptions), "robust": list(signature.robust)}
     meta |= {"method": asdict(signature.method), "tensors": [entry for entry, _ in packed]}
+    for section in SECTIONS:
+        more = [_pack(k, t, None) for k, t in getattr(signature, section).items()]
+        meta[section] = [entry for entry, _ in more]
+        packed += more
     payload = torch.cat([torch.empty(0, dtype=torch.uint8), *(data for _, data in packed)])
     document = {"format": FORMAT, "version": VERSION, "meta": meta, "payload": payload}
     checkpoint.save({**document, "checksum": _checksum(meta, payload)}, path)
@@ -55,8 +61,9 @@ def load(path: str | os.PathLike) -> RobustWeightSignature:
     try:
         if document.get("format") != FORMAT:
             raise InputError("not a signature file (made by model_patching.py)")
-        if document["version"] != VERSION:
-            raise InputError(f"signature format {document['version']}, this code reads {VERSION}")
+        if document["version"] not in (1, VERSION):
+            told = f"this code reads 1 to {VERSION}"
+            raise InputError(f"signature format {document['version']}, {told}")
         meta, payload = document["meta"], document["payload"]
         if not checkpoint.is_plain(payload) or payload.dtype != torch.uint8:
             raise InputError("not a signature file, its payload is not bytes")
@@ -77,22 +84,24 @@ def _unpack_all(meta: dict, payload: Tensor) -> RobustWeightSignature:
         meta["method"] = {"keep_num": meta["keep_num"], "layers": layers, **form}
     method = Method(**meta["method"])
     _check(meta, method)
-    tensors, codes = {}, {}
-    parts = payload.split([entry["bytes"] for entry in meta["tensors"]])
-    for entry, data in zip(meta["tensors"], parts, strict=True):
-        tensors[entry["key"]], quantized = _unpack(entry, data)
-        if quantized is not None:
+    told = [(part, entry) for part in ("tensors", *SECTIONS) for entry in meta.get(part, ())]
+    content, codes = {part: {} for part in ("tensors", *SECTIONS)}, {}
+    parts = payload.split([entry["bytes"] for _, entry in told])
+    for (part, entry), data in zip(told, parts, strict=True):
+        content[part][entry["key"]], quantized = _unpack(entry, data)
+        if part == "tensors" and quantized is not None:
             codes[entry["key"]] = quantized
     facts = {name: meta[name] for name in FACTS} | {"method": method}
     facts |= {"corruptions": tuple(meta["corruptions"]), "robust": tuple(meta["robust"])}
-    return RobustWeightSignature(tensors=tensors, codes=codes, **facts)
+    return RobustWeightSignature(**content, codes=codes, **facts)
 
 
 def _check(meta: dict, method: Method) -> None:
     """Raise InputError where a fact about a signature is not of its kind."""
     told, kinds = meta | asdict(method), FACTS | get_type_hints(Method)
     wrong = [name for name, kind in kinds.items() if not isinstance(told[name], kind)]
-    texts = [*meta["corruptions"], *meta["robust"], *(entry["key"] for entry in meta["tensors"])]
+    texts = [*meta["corruptions"], *meta["robust"]]
+    texts += [entry["key"] for part in ("tensors", *SECTIONS) for entry in meta.get(part, ())]
     if not all(isinstance(text, str) for text in texts):
         wrong.append("a name")
     known = {"arch": ARCHS, "layers": LAYERS, "severity": (None, 1, 2, 3, 4, 5)}

@@ -44,6 +44,12 @@ def check(args: argparse.Namespace) -> None:
             kept = method.unquantized().flags()
             flag = next(f for f in method.flags() if f.startswith("--") and f not in kept)
             raise InputError(f"{flag} goes with --quantization; give both")
+    if args.choose:
+        if not args.signature:
+            raise InputError("--choose needs a bank: name its files with --signature")
+        more = [f for f in ("finetune_alpha", "save_log", "save_model") if getattr(args, f)]
+        if clash := ["alpha"] * (args.alpha != [1.0]) + more:
+            raise InputError(f"--{clash[0]} is for one patch, --choose takes one for every image")
     count = len(args.signature or args.corruption)
     if args.finetune_alpha is not None and len(args.finetune_alpha) != count:
         given = len(args.finetune_alpha)
@@ -60,6 +66,13 @@ def check(args: argparse.Namespace) -> None:
         log.read(Path(args.save_log))
     if args.baseline_log and not Path(args.baseline_log).is_file():
         raise InputError(f"--baseline_log {args.baseline_log}: no such log, --save_log writes one")
+
+
+def weightings(args: argparse.Namespace, n: int) -> list[list[float]]:
+    """The weights w_c of n signatures, for each row: --finetune_alpha, or for each --alpha a/n."""
+    if args.finetune_alpha is not None:
+        return [args.finetune_alpha]
+    return [[a / n] * n for a in args.alpha]
 
 
 def find_robust(root: str | Path, corruption: str) -> Path:

@@ -1,0 +1,127 @@
+"""Beyond the paper: a bank of signatures that chooses for itself, by fingerprints of corruptions.
+
+One, 4 or 16 images at a time are given to a corruption of the bank, or to none; beside the standard
+model, the oracle (who knows each image's corruption and patches with its own signature at α = 1)
+and a model trained on all, where there is one. Strengths and margins are set on validation images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from datasets import bank
+from datasets.images import spaced
+from experiments import plots, tables
+from experiments.tables import FAILS, HOLDS, PARTLY, STANDARD, UNION, graded
+from utils.fingerprint import SEVERITIES, SignatureBank
+from utils.report import recovered
+
+CLAIM = "A bank of signatures chooses by itself, image by image, which of them to put on."
+RULE = (
+    "One image at a time gets ≥ 95 % (partly: ≥ 80 %) of the oracle's gain in RA, and TA falls by "
+    "1 point at most (partly: 3)."
+)
+CHOSEN = "chosen"  # with the number of images "together"
+ORACLE = "oracle"
+NUMBERS = (1, 4, 16)
+FEW = 500  # test images of the curve over severities
+
+
+def jobs(study) -> list:
+    job = study.robust_job(study.args.seeds[0], study.args.corruptions)
+    return [job] if job.done and len(study.args.corruptions) > 1 else []
+
+
+def chosen(run, numbers: Sequence[int]) -> tuple[SignatureBank, list[tuple], list[dict]]:
+    """The bank of a study's signatures, its ways (`bank.calibrated`), and what it does in each."""
+    made = [run.fingerprinted(run.signature(name)) for name in run.args.corruption]
+    chooser = SignatureBank(made)
+    with run.autocast:
+        ways = bank.calibrated(chooser, run.target, run.validation, numbers)
+        found = bank.measure(chooser, run.target, run.sets, ways)
+    return chooser, ways, [{"TA": one["RA"]["clean"], **one} for one in found]
+
+
+def measure(study) -> Iterator[dict]:
+    run = study.patching()
+    names, (chooser, ways, found) = run.args.corruption, chosen(run, NUMBERS)
+    standard = run.standard(names)
+    own = {c: run.with_patch([run.signature(c)], [1.0], [c])["RA"][c] for c in names}
+    yield from (study.row(run, name, STANDARD, standard) for name in names)
+    for n, one in zip(NUMBERS, found, strict=True):
+        for c in names:
+            named = one["named"][c]
+            right = {"right": named[c], "family": bank.of_family(named, c)}
+            yield study.row(run, c, CHOSEN, one, together=n, **right)
+    for a, named in found[0]["named"].items():
+        for b, share in named.items():
+            yield {"seed": run.args.seed, "a": a, "b": b, "value": share / 100}
+    bounds = [(ORACLE, {"TA": standard["TA"], "RA": own})]
+    bounds += [(UNION, run.other(job.best, names)) for job in jobs(study)]
+    for model, result in bounds:
+        yield from (study.row(run, name, model, result) for name in names)
+    few = spaced(run.sets["clean"].to("cpu"), FEW)
+    for severity in range(1, SEVERITIES + 1):
+        sets = {c: run.corrupted(few, c, "test", severity) for c in names}
+        with run.autocast:  # with a margin that is infinite none is chosen
+            both = bank.measure(chooser, run.target, sets, [ways[0], (1, math.inf)])
+        for model, one in zip((CHOSEN, STANDARD), both, strict=True):
+            told = {"model": model, "severity": severity, "value": fmean(one["RA"].values())}
+            yield {"seed": run.args.seed, **told}
+
+
+def _label(row: dict) -> tuple[str]:
+    return (row["model"] + (f", {row['together']} at a time" if "together" in row else ""),)
+
+
+def _accuracies(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if "RA" in row]
+
+
+def table(rows: list[dict], study) -> tables.Table:
+    extra: dict = {
+        f"{what}, %": lambda of, key=key: tables.mean(of, key) if key in of[0] else None
+        for what, key in (("named right", "right"), ("family right", "family"))
+    }
+    extra["clean and all mixed, %"] = lambda of: fmean([of[0]["TA"], *(row["RA"] for row in of)])
+    made = tables.accuracies(_accuracies(rows), label=_label, extra=extra, recovers=False)
+    made.note = (
+        f"keep_num {study.method.keep_num}. Oracle: each corruption under its own signature, clean "
+        "images under none. Strengths and margins from validation images. The curve over "
+        f"severities is of {FEW} test images at most."
+    )
+    return made
+
+
+def figure(rows: list[dict], path: Path) -> None:
+    plots.accuracy_bars(_accuracies(rows), path, _label)
+    one = [row for row in rows if "a" in row]
+    axes = "named, one image at a time", "images under"
+    place = path.with_name(f"{path.stem}_confusion.png")
+    plots.heat_map(*tables.pivot(one, "a", "b"), place, axes[::-1], label="share of images")
+    of = [row for row in rows if "severity" in row]
+    place = path.with_name(f"{path.stem}_severity.png")
+    plots.curves(
+        *tables.pivot(of, "model", "severity"), ("severity", "RA, mean, %"), place, control=STANDARD
+    )
+
+
+def verdict(rows: list[dict]) -> tables.Verdict:
+    of = tables.grouped(_accuracies(rows), _label)
+    ra, ta = ({k: tables.mean(each, m) for (k,), each in of.items()} for m in ("RA", "TA"))
+    one = f"{CHOSEN}, 1 at a time"
+    share = recovered(ra[STANDARD], ra[one], ra[ORACLE])
+    if share is None:
+        return FAILS, "the oracle gains no RA here, so there is nothing to choose"
+    fall = ta[STANDARD] - ta[one]
+    words = f"one image at a time gets {share:.0f} % of the oracle's gain, TA falls by {fall:.1f}; "
+    words += ", ".join(f"{k}: RA {ra[k]:.1f}, TA {ta[k]:.1f}" for k in ra)
+    words += f"; named right one at a time {tables.mean(of[one,], 'right'):.0f} %"
+    held = {(row["model"], row["severity"]): row["value"] for row in rows if "severity" in row}
+    above = [held[CHOSEN, s] > held[STANDARD, s] for m, s in held if m == CHOSEN]
+    words += f"; above the standard model at {sum(above)} of {len(above)} severities"
+    grades = graded(share, 95, 80), graded(-fall, -1, -3)
+    return min(grades, key=(FAILS, PARTLY, HOLDS).index), words
