@@ -67,16 +67,18 @@ class Patching:
         self.amp = use_amp(self.device, args.amp)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, self.amp)
         self.stored = sources.load_signatures(args)
-        self.states, self.severities = sources.load_states(args)
-        stored = {c: s.severity or args.severity for s in self.stored for c in s.corruptions}
+        base = ckpt.read(args.base_model)
+        self.states, self.severities = sources.load_states(args, base)
+        stored = {c: s.severity or max(args.severity) for s in self.stored for c in s.corruptions}
         self.severities |= stored
 
         clean = flags.load_images(args, args.data, "test")
-        base = ckpt.read(args.base_model)
         self.source = base.get("dataset", datasets.base_name(args.dataset))  # of θ_std
         path = args.patched_model or args.base_model
         checkpoint = ckpt.read(path) if args.patched_model else base
-        state = ckpt.state_dict_of(checkpoint, path)
+        self.facts = flags.data_facts(args, clean)
+        sources.check_facts(checkpoint, path, self.facts)
+        state = ckpt.state_dict_of(checkpoint, path, args.checkpoint_key)
         constants = ([0.0] * 3, [1.0] * 3)  # kept by a checkpoint that has its own
         if "normalize.mean" not in state:
             constants = normalization(clean.name, self._clean_train)
@@ -86,8 +88,12 @@ class Patching:
         self.target = to_device(model, self.device, self.amp).eval()
 
         measured = CORRUPTIONS if args.test_all_corruptions else args.corruption
+        several = len(args.severity) > 1
+        self.labels = {c: [c + f" {s}" * several for s in args.severity] for c in measured}
         sets = {"clean": clean}
-        sets |= {c: self.corrupted(clean, c, "test", args.severity) for c in measured}
+        for c, labels in self.labels.items():
+            for label, s in zip(labels, args.severity, strict=True):
+                sets[label] = self.corrupted(clean, c, "test", s)
         self.sources = {name: images.source for name, images in sets.items()}
         self.sets = {  # on the device, where a sweep reads them again and again, if there is room
             name: images.to(self.device) if fits(images.images, self.device) else images
@@ -234,7 +240,7 @@ class Patching:
     def robust(self, name: str) -> dict:
         """`measure` of the robust model of `name`, on its own corruption."""
         path = sources.find_robust(self.args.corruption_model_root, name)
-        return self.other(path, [name], self.states[name])
+        return self.other(path, self.labels[name], self.states[name])
 
 
 # ---- command line -----------------------------------------------------------------------------
@@ -245,11 +251,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments.Parser(__doc__)
     data = parser.add_argument_group("data")
     names = "dataset image_size classes train_images test_images data corruption_data corruption"
-    arguments.add(data, f"{names} severity frost_dir", flags.FLAGS)
-    arguments.add(data, "seed test_all_corruptions")
+    arguments.add(data, f"{names} frost_dir", flags.FLAGS)
+    arguments.add(data, "severity", flags.FLAGS, nargs="+", action=arguments.Distinct, default=[5])
+    arguments.add(data, "seed test_all_corruptions baseline_log")
     model = parser.add_argument_group("models")
     names = "arch pretrained pretrained_path base_model patched_model corruption_model_root"
-    arguments.add(model, names)
+    arguments.add(model, f"{names} checkpoint_key")
     signature = parser.add_argument_group("signature")
     arguments.add(signature, "keep_num", nargs="+", default=None)
     arguments.add(signature, arguments.METHOD.removeprefix("keep_num "))
@@ -262,29 +269,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def weightings(args: argparse.Namespace, n: int) -> list[list[float]]:
-    """The weights w_c of n signatures, for each row: --finetune_alpha, or for each --alpha a/n."""
-    if args.finetune_alpha is not None:
-        return [args.finetune_alpha]
-    return [[a / n] * n for a in args.alpha]
-
-
 # ---- one run ----------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> dict:
     """Patch and evaluate as `args` (from `parse_args`) says; gives the table and its source."""
     run = Patching(args, Method.from_args(args, keep_num=args.keep_num[0]))
-    own, every = args.corruption, [name for name in run.sets if name != "clean"]
+    every = [name for name in run.sets if name != "clean"]
+    own = [label for name in args.corruption for label in run.labels[name]]
     chooser = SignatureBank(run.stored, args.signature) if args.choose else None
     print_header(run)
     standard = {"model": "standard", **run.standard(every)}
     rows, robust = [standard], upper_bound(run)
+    baseline = log.read(Path(args.baseline_log))["std"]["robust"] if args.baseline_log else None
     if chooser:
         robust = choose(run, chooser, rows)
     for keep_num in () if chooser else args.keep_num:
-        signatures = run.stored or [run.signature(name, keep_num=keep_num) for name in own]
-        for weights in weightings(args, len(signatures)):
+        signatures = run.stored or [run.signature(c, keep_num=keep_num) for c in args.corruption]
+        for weights in sources.weightings(args, len(signatures)):
             kept = " ".join(str(k) for k in dict.fromkeys(s.method.keep_num for s in signatures))
             title = f"patched, keep_num {kept}"
             if args.finetune_alpha is not None:
@@ -295,10 +297,14 @@ def run(args: argparse.Namespace) -> dict:
                 weights_hash = ckpt.tensors_hash(model.state_dict())
                 rows.append({"model": title, **run.measure(weights_hash, every, title)})
                 if args.save_model:
-                    save_model(run, model)
+                    facts = {"arch": args.arch, "patched": list(args.corruption), **run.facts}
+                    facts |= {"pretrained_hash": model.pretrained_hash}
+                    ckpt.save_model(model, args.save_model, facts)
     rows += [robust] if robust else []
     for row in rows:
         row["RA_mean"] = fmean(row["RA"][c] for c in own)
+        if baseline:
+            row["mCE"] = report.mean_corruption_error(row["RA"], baseline, run.labels)
         if chooser:
             row["mixture"] = fmean([row["TA"], *(row["RA"][c] for c in own)])
         if robust and row["model"].startswith("patched"):
@@ -309,7 +315,7 @@ def run(args: argparse.Namespace) -> dict:
     places = [Path(f"{file}.json") for file in (args.save_log, args.save_model) if file]
     if args.save_signature:
         places.append(Path(args.save_signature) / "results.json")
-        for name, signature in zip(own, signatures, strict=True):
+        for name, signature in zip(args.corruption, signatures, strict=True):
             path = places[-1].with_name(f"{name}.rws")
             print(f"{path}: {run.fingerprinted(signature).save(path):,} bytes")
     data = run.prints["clean"]
@@ -336,7 +342,9 @@ def choose(run: Patching, chooser: SignatureBank, rows: list[dict]) -> dict:
     print(f"{1e3 * chosen:.2f} ms an image, {chosen / plain:.2f} × a plain forward pass\n")
     title = f"patched, {n} at a time choose"
     rows.append({"model": title, "TA": found["RA"].pop("clean"), **found})
-    ra = {s.name: run.with_patch([s], [1.0], [s.name])["RA"][s.name] for s in run.stored}
+    ra = {}
+    for s in run.stored:
+        ra |= run.with_patch([s], [1.0], run.labels[s.name])["RA"]
     return {"model": "each its own signature", "TA": rows[0]["TA"], "RA": ra}
 
 
@@ -356,22 +364,10 @@ def upper_bound(run: Patching) -> dict | None:
     return {"model": "robust", "TA": fmean(ta), "RA": ra}
 
 
-def save_model(run: Patching, model: nn.Module) -> None:
-    """Write the patched model to --save_model, in the form train_corruption.py reads."""
-    content = {
-        "state_dict": model.state_dict(),
-        "arch": run.args.arch,
-        "dataset": datasets.base_name(run.args.dataset),
-        "patched": list(run.args.corruption),
-        "pretrained_hash": run.target.pretrained_hash,
-    }
-    ckpt.save(content, run.args.save_model)
-
-
 def print_header(run: Patching) -> None:
     """Say what is about to be patched and measured."""
     args, clean = run.args, run.sets["clean"]
-    every = weightings(args, len(args.signature or args.corruption))
+    every = sources.weightings(args, len(args.signature or args.corruption))
     origins = sorted({source for name, source in run.sources.items() if name != "clean"})
     facts = {
         "model": f"{args.arch}: {args.patched_model or args.base_model}",
@@ -381,7 +377,7 @@ def print_header(run: Patching) -> None:
         if args.choose
         else "; ".join(" ".join(f"{w:g}" for w in weights) for weights in every),
         "test images": f"{len(clean):,} of {clean.name}, clean and corrupted at severity "
-        f"{args.severity} ({'; '.join(origins)})",
+        f"{' '.join(map(str, args.severity))} ({'; '.join(origins)})",
         **flags.frost_note(run.sets, args.frost_dir),
         "device": f"{report.device_name(run.device)}, {arithmetic(run.device, run.amp, args.amp)}",
     }
