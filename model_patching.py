@@ -68,16 +68,18 @@ class Patching:
         self.amp = use_amp(self.device, args.amp)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, self.amp)
         self.stored = sources.load_signatures(args)
-        self.states, self.severities = sources.load_states(args)
-        stored = {c: s.severity or args.severity for s in self.stored for c in s.corruptions}
+        base = ckpt.read(args.base_model)
+        self.states, self.severities = sources.load_states(args, base)
+        stored = {c: s.severity or max(args.severity) for s in self.stored for c in s.corruptions}
         self.severities |= stored
 
         clean = flags.load_images(args, args.data, "test")
-        base = ckpt.read(args.base_model)
         self.source = base.get("dataset", datasets.base_name(args.dataset))  # of θ_std
         path = args.patched_model or args.base_model
         checkpoint = ckpt.read(path) if args.patched_model else base
-        state = ckpt.state_dict_of(checkpoint, path)
+        self.facts = flags.data_facts(args, clean)
+        sources.check_facts(checkpoint, path, self.facts)
+        state = ckpt.state_dict_of(checkpoint, path, args.checkpoint_key)
         constants = ([0.0] * 3, [1.0] * 3)  # kept by a checkpoint that has its own
         if "normalize.mean" not in state:
             constants = normalization(clean.name, self._clean_train)
@@ -88,8 +90,12 @@ class Patching:
         self._standard = ckpt.backbone_hash(state)  # if it is θ_std
 
         measured = CORRUPTIONS if args.test_all_corruptions else args.corruption
+        several = len(args.severity) > 1
+        self.labels = {c: [c + f" {s}" * several for s in args.severity] for c in measured}
         sets = {"clean": clean}
-        sets |= {c: self.corrupted(clean, c, "test", args.severity) for c in measured}
+        for c, labels in self.labels.items():
+            for label, s in zip(labels, args.severity, strict=True):
+                sets[label] = self.corrupted(clean, c, "test", s)
         self.sources = {name: images.source for name, images in sets.items()}
         self.sets = {  # on the device, where a sweep reads them again and again, if there is room
             name: images.to(self.device) if fits(images.images, self.device) else images
@@ -172,7 +178,7 @@ class Patching:
         For a model with batch norm the running statistics are the signatures', or without them
         re-estimated on the training images under the signatures' corruptions.
         """
-        total, strength = self.total(signatures, weights), min(1.0, sum(weights))
+        total, strength = self.total(signatures, weights), min(1.0, max(0.0, sum(weights)))
         with patch(self.target, total):
             interpolate(self.target, total.statistics, strength)
             if has_batchnorm(self.target) and strength > 0 and not total.statistics:
@@ -261,7 +267,7 @@ class Patching:
     def robust(self, name: str) -> dict:
         """`measure` of the robust model of `name`, on its own corruption."""
         path = sources.find_robust(self.args.corruption_model_root, name)
-        return self.other(path, [name], self.states[name])
+        return self.other(path, self.labels[name], self.states[name])
 
 
 # ---- command line -----------------------------------------------------------------------------
@@ -272,10 +278,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments.Parser(__doc__)
     group = parser.add_argument_group("data")
     names = "dataset image_size classes train_images test_images data corruption_data corruption"
-    arguments.add(group, f"{names} severity frost_dir", flags.FLAGS)
-    arguments.add(group, "seed test_all_corruptions")
+    arguments.add(group, f"{names} frost_dir", flags.FLAGS)
+    arguments.add(group, "severity", flags.FLAGS, nargs="+", action=arguments.Distinct, default=[5])
+    arguments.add(group, "seed test_all_corruptions baseline_log")
     names = "arch pretrained pretrained_path base_model patched_model corruption_model_root"
-    arguments.add(parser.add_argument_group("models"), names)
+    arguments.add(parser.add_argument_group("models"), f"{names} checkpoint_key")
     group = parser.add_argument_group("signature")
     arguments.add(group, "keep_num", nargs="+", default=None)
     arguments.add(group, arguments.METHOD.removeprefix("keep_num "))
@@ -291,15 +298,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict:
     """Patch and evaluate as `args` (from `parse_args`) says; gives the table and its source."""
     run = Patching(args, Method.from_args(args, keep_num=args.keep_num[0]))
-    own, every = args.corruption, [name for name in run.sets if name != "clean"]
+    every = [name for name in run.sets if name != "clean"]
+    own = [label for name in args.corruption for label in run.labels[name]]
     chooser = SignatureBank(run.stored, args.signature) if args.choose else None
     print_header(run)
     standard = {"model": "standard", **run.standard(every)}
     rows, robust = [standard], upper_bound(run)
+    baseline = log.read(Path(args.baseline_log))["std"]["robust"] if args.baseline_log else None
     if chooser:
-        robust = choose(run, chooser, rows)
+        chosen, robust = bank.rows(run, chooser)
+        rows.append(chosen)
     for keep_num in () if chooser else args.keep_num:
-        signatures = run.stored or [run.signature(name, keep_num=keep_num) for name in own]
+        signatures = run.stored or [run.signature(c, keep_num=keep_num) for c in args.corruption]
         if args.learn_alpha:
             signatures = [run.learnt(signatures, args.learn_alpha, args.unlabeled)]
         if args.save_signature:  # what is measured is what the files hold
@@ -314,9 +324,13 @@ def run(args: argparse.Namespace) -> dict:
                 if args.learn_alpha:
                     rows[-1]["weights"] = {c: w.tolist() for c, w in signatures[0].weights.items()}
                 if args.save_model:
-                    sources.save_model(args, model, datasets.base_name(args.dataset))
+                    facts = {"pretrained_hash": model.pretrained_hash, **run.facts}
+                    facts |= {"arch": args.arch, "patched": list(args.corruption)}
+                    ckpt.save_model(model, args.save_model, facts)
     rows += [robust] if robust else []
     report.add_means(rows, own, bound=robust, mixed=chooser is not None)
+    for row in rows if baseline else ():
+        row["mCE"] = report.mean_corruption_error(row["RA"], baseline, run.labels)
     print(report.patching_table(rows, own, run.sources))
     report.warn_below_chance(rows, len(run.sets["clean"].classes))
     places = [Path(f"{file}.json") for file in (args.save_log, args.save_model) if file]
@@ -335,23 +349,6 @@ def run(args: argparse.Namespace) -> dict:
     if args.save_log:
         log.update(Path(args.save_log), standard, rows[1])
     return result
-
-
-def choose(run: Patching, chooser: SignatureBank, rows: list[dict]) -> dict:
-    """Add the row where images choose to that of the standard model; gives the oracle's.
-
-    The oracle knows the corruption of every image, and patches with its signature at α = 1.
-    """
-    n, title = run.args.choose, f"patched, {run.args.choose} at a time choose"
-    with run.autocast:
-        ways = bank.calibrated(chooser, run.target, run.validation, [n])
-        (found,) = bank.measure(chooser, run.target, run.sets, ways)
-        chosen, plain = bank.seconds(chooser, run.target, run.sets, n)
-    print(f"{bank.named_table(found['named'])}\n")
-    print(f"{1e3 * chosen:.2f} ms an image, {chosen / plain:.2f} × a plain forward pass\n")
-    rows.append({"model": title, "TA": found["RA"].pop("clean"), **found})
-    ra = {s.name: run.with_patch([s], [1.0], [s.name])["RA"][s.name] for s in run.stored}
-    return {"model": "each its own signature", "TA": rows[0]["TA"], "RA": ra}
 
 
 def upper_bound(run: Patching) -> dict | None:
@@ -378,7 +375,7 @@ def print_header(run: Patching) -> None:
         or f"{' + '.join(args.corruption)}, keep_num {' '.join(map(str, args.keep_num))}",
         "weights": sources.weights_words(args),
         "test images": f"{len(clean):,} of {clean.name}, clean and corrupted at severity "
-        f"{args.severity} ({'; '.join(origins)})",
+        f"{' '.join(map(str, args.severity))} ({'; '.join(origins)})",
         **flags.frost_note(run.sets, args.frost_dir),
         "device": f"{report.device_name(run.device)}, {arithmetic(run.device, run.amp, args.amp)}",
     }

@@ -53,10 +53,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     arguments.add(data, "corruption", flags.FLAGS, help="for a robust model, one on each image")
     arguments.add(data, "severity frost_dir resample_corruption workers", flags.FLAGS)
     model = parser.add_argument_group("model")
-    arguments.add(model, "arch pretrained pretrained_path keep_head")
+    arguments.add(model, "arch pretrained pretrained_path checkpoint_key keep_head")
     recipe = parser.add_argument_group("recipe")
     arguments.add(recipe, "lr momentum weight_decay batch_size epochs decreasing_lr seed")
-    arguments.add(parser, "save_dir resume print_freq device amp compile deterministic")
+    arguments.add(parser, "save_dir resume overwrite print_freq device amp compile deterministic")
     args = parser.parse_args(argv)
     check(args)
     return args
@@ -131,7 +131,7 @@ def start_model(args: Namespace, clean: ImageSet) -> tuple[nn.Module, str | None
     source = arguments.pretrained_source(args)
     if source is None:
         return model, None
-    state = ckpt.pretrained_state_dict(source, args.arch)
+    state = ckpt.pretrained_state_dict(source, args.arch, args.checkpoint_key)
     dropped = ckpt.load_pretrained(model, args.arch, state, source, args.keep_head)
     if dropped:
         print(f"{source}: {', '.join(dropped)} left out, new head: {len(clean.classes)} classes")
@@ -167,6 +167,9 @@ def train(args: Namespace) -> dict:
     check_writable(folder)
     first = distributed.rank() == 0
     with hold(folder / ".lock", f"--save_dir {folder}") if first else contextlib.nullcontext():
+        if (folder / "results.json").exists() and not (args.resume or args.overwrite):
+            choice = "--resume goes on with it, --overwrite trains anew"
+            raise InputError(f"--save_dir {folder}: a finished run lies there; {choice}")
         return fine_tune(args, folder)
 
 
@@ -185,6 +188,7 @@ def fine_tune(args: Namespace, folder: Path) -> dict:
     options |= {"device": device, "rank": distributed.rank(), "ranks": distributed.ranks()}
     loader = BatchLoader(images, args.batch_size, **options)
     clean_print, data_print, source = fingerprint(clean), fingerprint(images), images.source
+    known = flags.data_facts(args, clean)
     check_images(args, loader)
     sets = {"train": images, "val": val["clean"], "test": test["clean"]}
     print_header(args, sets, pretrained_hash, loader, amp)
@@ -198,7 +202,7 @@ def fine_tune(args: Namespace, folder: Path) -> dict:
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
     progress = {"epoch": 0, "best_sa": -1.0, "best_ra": -1.0, "history": []}
     parts = {"state_dict": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
-    run = {**identity(args), "pretrained_hash": pretrained_hash, "data": clean_print}
+    run = {**identity(args), "pretrained_hash": pretrained_hash, "data": clean_print, **known}
     saved_amp = resume(args, run, parts, progress) if args.resume else None
     if args.amp is None and saved_amp is not None and saved_amp != amp:
         began, ours = (engine.arithmetic(device, a, a) for a in (saved_amp, amp))
@@ -296,6 +300,9 @@ def resume(args: Namespace, run: dict, parts: dict, progress: dict) -> bool | No
     except Exception as error:  # torch raises many types for states that don't fit
         raise InputError(f"--resume {path}: its state does not fit this run ({error})") from error
     progress.update({key: saved[key] for key in progress})
+    if progress["epoch"] > args.epochs:
+        said = f"--epochs {args.epochs}: {progress['epoch']} are done already"
+        warnings.warn(f"{said} in {path}, nothing is trained", stacklevel=2)
     if path.parent.resolve() != folder.resolve() and distributed.rank() == 0:
         remove_earlier(folder, everything=True)
         for name in (ckpt.BEST_SA, ckpt.BEST_RA):  # what later epochs have to beat

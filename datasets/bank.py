@@ -16,6 +16,7 @@ from datasets.corrupted import Copies, corrupted_set
 from datasets.corruptions import CORRUPTIONS, FAMILIES, corrupt
 from datasets.images import ImageSet, spaced
 from datasets.loader import evaluation_batches
+from utils.batchnorm import running_statistics
 from utils.fingerprint import SEVERITIES, SignatureBank, fit, strengths
 from utils.report import markdown_table
 from utils.signature import RobustWeightSignature
@@ -118,7 +119,7 @@ def example(signature: RobustWeightSignature, model: nn.Module) -> tuple[Signatu
     For timing: images float32 (256, 3, 32, 32) in [0, 1] where `model` is.
     """
     clean, device = synthetic.load("test").images[:_AT_ONCE], next(model.parameters()).device
-    own = {key: t for key, t in model.named_buffers() if "running_" in key}
+    own = running_statistics(model)
     signatures, mixed = [], clean.clone()
     for i, name in enumerate(CORRUPTIONS[:18:3]):
         copies = [clean, *(corrupt(clean, name, s) for s in range(1, SEVERITIES + 1))]
@@ -126,3 +127,22 @@ def example(signature: RobustWeightSignature, model: nn.Module) -> tuple[Signatu
         signatures.append(replace(signature, corruptions=(name,), **known))
         mixed[i::7] = copies[-1][i::7]
     return SignatureBank(signatures), mixed.to(device).float() / 255
+
+
+def rows(run, bank: SignatureBank) -> tuple[dict, dict]:
+    """The rows of a `model_patching.Patching` whose images choose, and of the oracle; printed, too.
+
+    The oracle knows the corruption of every image, and patches with its signature at α = 1.
+    """
+    n = run.args.choose
+    with run.autocast:
+        ways = calibrated(bank, run.target, run.validation, [n])
+        (found,) = measure(bank, run.target, run.sets, ways)
+        chosen, plain = seconds(bank, run.target, run.sets, n)
+    print(f"{named_table(found['named'])}\n")
+    print(f"{1e3 * chosen:.2f} ms an image, {chosen / plain:.2f} × a plain forward pass\n")
+    ta, ra = found["RA"].pop("clean"), {}
+    for s in run.stored:
+        ra |= run.with_patch([s], [1.0], run.labels[s.name])["RA"]
+    row = {"model": f"patched, {n} at a time choose", "TA": ta, **found}
+    return row, {"model": "each its own signature", "TA": run.standard(())["TA"], "RA": ra}

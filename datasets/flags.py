@@ -79,6 +79,13 @@ def load_images(args: argparse.Namespace, root: str | None, split: str) -> Image
     return datasets.load(args.dataset, root, split, args.image_size, args.classes, limit)
 
 
+def data_facts(args: argparse.Namespace, images: ImageSet) -> dict:
+    """What checkpoints record of their clean data, by names of `utils.checkpoint.FACTS`."""
+    dataset, side = datasets.base_name(args.dataset), images.images.shape[-1]
+    facts = {"dataset": dataset, "side": side, "classes": args.classes}
+    return facts | {"class_names": list(images.classes)}
+
+
 def frost_note(corruptions: Iterable[str], frost_dir: str | None) -> dict[str, str]:
     """A header line saying which frost texture is used, where frost is among the corruptions."""
     if "frost" not in corruptions:

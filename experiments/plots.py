@@ -179,7 +179,9 @@ def heat_map(
     rows, values = list(lines), np.array(list(lines.values()))
     square = bool(groups) and len(rows) > 2
     size = (0.62 * max(len(rows), len(columns)) + (5 if square else 3.5), 0.53 * len(rows) + 1.7)
-    figure, (axis, tree) = plt.subplots(1, 2, figsize=size, width_ratios=[size[0] - 3, 2.6])
+    ratios = [size[0] - 3, 2.6] if square else [1]
+    figure, panels = plt.subplots(1, len(ratios), figsize=size, width_ratios=ratios, squeeze=False)
+    axis = panels[0, 0]
     extent = max(0.2, float(np.abs(values[values < 0.999]).max(initial=0.2)))
     image = axis.imshow(values, cmap=DIVERGING, vmin=-extent, vmax=extent)
     for (i, j), value in np.ndenumerate(values):
@@ -192,16 +194,16 @@ def heat_map(
             axis.axhline(i - 0.5, color="black", linewidth=1)
             axis.axvline(i - 0.5, color="black", linewidth=1)
     beyond = "max" if groups else "neither"  # the 1s of the diagonal
-    figure.colorbar(image, ax=axis, label=label, shrink=0.7, extend=beyond)
+    bar = figure.colorbar(image, ax=axis, label=label, shrink=0.7, extend=beyond)
+    if values.min() >= 0:
+        bar.ax.set_ylim(0, extent)
     if square:
         distances = np.clip(1 - (values + values.T) / 2, 0, None)
         np.fill_diagonal(distances, 0)
         linkage = hierarchy.linkage(squareform(distances, checks=False), "average")
-        look = {"orientation": "right", "color_threshold": 0, "leaf_font_size": 8, "ax": tree}
-        hierarchy.dendrogram(linkage, labels=rows, **look)
-        tree.set_xlabel("1 − cosine")
-    else:
-        tree.remove()
+        look = {"orientation": "right", "color_threshold": 0, "leaf_font_size": 8}
+        hierarchy.dendrogram(linkage, labels=rows, ax=panels[0, 1], **look)
+        panels[0, 1].set_xlabel("1 − cosine")
     save(figure, path)
 
 

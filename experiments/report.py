@@ -46,7 +46,7 @@ def write(root: Path) -> None:
     if not found.keys() & EXPERIMENTS.keys():
         raise InputError(f"--out {root}: no results of reproduce.py there yet")
     summary, sections, ablations = [], [], []
-    caveats, studies = {}, defaultdict(dict)
+    studies = defaultdict(dict)
     for name, module in EXPERIMENTS.items():
         verdicts, lines = [], []
         for folder, result in found.get(name, []):
@@ -55,15 +55,14 @@ def write(root: Path) -> None:
             title = result["study"].partition(";")[0]
             title += f", {result['ablation']}" if result["ablation"] else ""
             told = f"**{verdict}**" if not result["ablation"] else f"`{name}`"
-            text = [f"- {told} on {title}: {words}. {result['note']} [Table]({place}/table.md).\n"]
+            note = result["note"] + (f" **{result['caveat']}**" if "caveat" in result else "")
+            text = [f"- {told} on {title}: {words}. {note} [Table]({place}/table.md).\n"]
             text += [
                 f"  ![{name}: {place}]({place}/{p.name})\n" for p in sorted(folder.glob("*.png"))
             ]
             (ablations if result["ablation"] else lines).extend(text)
             verdicts += [verdict] if verdict != UNTOLD and not result["ablation"] else []
             studies[result["study"], result["device"], result["torch"]][result["command"]] = None
-            if "caveat" in result:
-                caveats[result["caveat"]] = None
         overall = UNTOLD if lines else "not measured"
         if verdicts:
             overall = verdicts[0] if len(set(verdicts)) == 1 else PARTLY
@@ -77,10 +76,6 @@ def write(root: Path) -> None:
         sections.append(f"- {study}; {device}, torch {torch}.\n")
         sections += ["\n".join(f"      python {command}" for command in commands) + "\n"]
     table = markdown_table(["experiment", "claim", "verdict"], summary)
-    top = [
-        "# Results, claim by claim\n",
-        *(f"**{caveat}**\n" for caveat in caveats),
-        f"{INTRODUCTION}\n",
-    ]
+    top = ["# Results, claim by claim\n", f"{INTRODUCTION}\n"]
     write_text(root / "README.md", "\n".join([*top, f"{table}\n", *sections]))
     print(f"\n{table}\n\n{root / 'README.md'}")

@@ -93,7 +93,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     arguments.add(data, names, flags.FLAGS)
     arguments.add(data, "title corruptions", FLAGS)
     models = parser.add_argument_group("models")
-    arguments.add(models, "arch pretrained pretrained_path")
+    arguments.add(models, "arch pretrained pretrained_path checkpoint_key")
     names = "pretrain_classes pretrain_epochs preset seeds repeat_corruptions devices list"
     arguments.add(models, names, FLAGS)
     arguments.add(models, "epochs lr batch_size", default=None)

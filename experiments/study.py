@@ -73,7 +73,7 @@ class Job:
                 bare = value is True or value == ckpt.IMAGENET
                 values = value if isinstance(value, list) else [value]
                 told += [f"--{name}", *([] if bare else map(str, values))]
-        return [*told, "--save_dir", str(self.folder), *([] if force else ["--resume"])]
+        return [*told, "--save_dir", str(self.folder), "--overwrite" if force else "--resume"]
 
 
 class Study:
@@ -181,7 +181,7 @@ class Study:
 
     def _settings(self, seed: int) -> dict:
         names = "dataset arch data image_size classes train_images test_images frost_dir device amp"
-        names += " epochs decreasing_lr severity pretrained lr batch_size"
+        names += " epochs decreasing_lr severity pretrained checkpoint_key lr batch_size"
         return {name: getattr(self.args, name) for name in names.split()} | {"seed": seed}
 
     def list_commands(self, jobs: Sequence[Job]) -> None:
@@ -217,7 +217,9 @@ class Study:
         if self.args.pretrains:
             make_pretrained(self.args, time_left)
         start_hash = functools.cache(
-            lambda file: ckpt.backbone_hash(ckpt.pretrained_state_dict(file, self.args.arch))
+            lambda file: ckpt.backbone_hash(
+                ckpt.pretrained_state_dict(file, self.args.arch, self.args.checkpoint_key)
+            )
         )
         for job in jobs:
             if job not in missing:
@@ -245,6 +247,7 @@ class Study:
             return self._ready[1]
         args = copy.copy(self.args)
         args.seed, args.corruption = seed, dict(self.seeds)[seed]
+        args.severity = [args.severity]
         args.base_model, args.patched_model = self.standard(seed), target
         args.corruption_model_root = self.robust_root(seed)
         args.signature, args.corruption_data, args.test_all_corruptions = [], None, False

@@ -8,6 +8,7 @@ from datasets.images import ImageSet
 from datasets.loader import BatchLoader
 from models import build_model
 from utils.batchnorm import has_batchnorm, pooled, reestimate, running_statistics
+from utils.errors import InputError
 
 
 def images(count, seed):
@@ -88,3 +89,26 @@ def test_strength_zero_reads_and_changes_nothing(model):
 def test_models_without_batchnorm_are_left_alone():
     assert not has_batchnorm(build_model("vgg11", 4))
     reestimate(build_model("vgg11", 4), loaders())
+
+
+def test_forms_of_batches(model):
+    """One loader, bare images and uint8 give what a list of loaders of float images gives."""
+    set_of = images(16, 1).images
+    mean, var = first_layer_statistics(model, [[(part / 255, None)] for part in set_of.split(8)])
+    pairs = [(part / 255, None) for part in set_of.split(8)]
+    for form in (pairs, [pairs], set_of.split(8), [[part / 255 for part in set_of.split(8)]]):
+        reestimate(model, form)
+        torch.testing.assert_close(model.bn1.running_mean, mean, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model.bn1.running_var, var, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("nothing", [[], [[]], [[], []], iter(())])
+def test_no_batches_are_refused_and_change_nothing(model, nothing):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(InputError, match="no images"):
+        reestimate(model, nothing)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m.training for m in model.modules())
+    for strength in (-0.5, 1.5, float("nan")):
+        with pytest.raises(InputError, match="strength"):
+            reestimate(model, loaders(), strength)

@@ -1,21 +1,27 @@
 """The scripts as a user runs them, on a handful of images."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
+from torch import nn
 
 import datasets
 import model_patching
 import train_corruption
 from models import build_model
 from tests.folders import write_folders
+from utils import checkpoint as ckpt
 from utils import learn as learning
 from utils import signature_file
 from utils.errors import InputError
@@ -147,8 +153,24 @@ def test_standard_and_robust_share_their_normalization(cifar, tmp_path):
         means.append(checkpoint["state_dict"]["normalize.std"])
     assert torch.equal(*means)
     # A standard run over a robust one leaves no robust checkpoint behind.
-    train(*common, "--save_dir", tmp_path / "robust")
+    train(*common, "--save_dir", tmp_path / "robust", "--overwrite")
     assert not (tmp_path / "robust" / "model_RA_best.pth.tar").exists()
+
+
+def test_a_finished_run_is_kept(models, cifar, tmp_path):
+    arch, _ = models
+    base = ("--dataset", "cifar10", "--arch", arch, "--data", cifar, *QUICK)
+    if arch != "resnet18":
+        pytest.skip("one architecture is enough")
+    train(*base, "--save_dir", tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match=r"a finished run .*--resume .*--overwrite"):
+        train(*base, "--save_dir", tmp_path, "--seed", 1)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    train(*base, "--save_dir", tmp_path, "--seed", 1, "--overwrite", "--epochs", 2)
+    assert ckpt.read(tmp_path / ckpt.LAST)["seed"] == 1
+    with pytest.warns(UserWarning, match=r"--epochs 1: 2 are done already .*nothing is trained"):
+        train(*base, "--save_dir", tmp_path, "--seed", 1, "--resume")
 
 
 def test_resume_refuses_another_recipe_or_start(models, cifar, tmp_path):
@@ -377,10 +399,164 @@ def test_published_corrupted_set_is_read(models, cifar, tmp_path, capsys):
     assert result["sources"]["snow"] == "generated, seed 0, constants of CIFAR-10-C (32×32)"
 
 
+def test_all_severities_in_one_run(models, cifar, tmp_path, capsys):
+    """As one run for each, and mCE by its definition (Hendrycks & Dietterich, 2019)."""
+    both = patch_arguments(models, cifar, "fog", "gaussian_noise", "--keep_num", 1)
+    log = tmp_path / "log.pt"
+    rows = patch(*both, "--severity", 5, 3, "--save_log", log)["rows"]
+    for s in (3, 5):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            of_one = patch(*both, "--severity", s)["rows"]
+        for row, single in zip(rows, of_one, strict=True):
+            assert {c: row["RA"][f"{c} {s}"] for c in single["RA"]} == single["RA"]
+            assert row["TA"] == single["TA"]
+    for row in rows:
+        assert len(row["RA"]) == 4 and row["RA_mean"] == pytest.approx(sum(row["RA"].values()) / 4)
+    capsys.readouterr()
+    with_mce = patch(*both, "--severity", 5, 3, "--baseline_log", log)["rows"]
+    assert "| mCE, % |" in capsys.readouterr().out and with_mce[0]["mCE"] == pytest.approx(100)
+    for row in with_mce:
+        errors = {
+            c: sum(100 - row["RA"][f"{c} {s}"] for s in (3, 5))
+            / sum(100 - rows[0]["RA"][f"{c} {s}"] for s in (3, 5))
+            for c in ("fog", "gaussian_noise")
+        }
+        assert row["mCE"] == pytest.approx(50 * sum(errors.values()))
+    with pytest.raises(InputError, match="--baseline_log: no RA of fog, gaussian_noise; measure"):
+        patch(*both, "--baseline_log", log)
+
+
 def test_signature_keeps_the_severity_it_was_trained_at(models, cifar, tmp_path):
     keep = ("--keep_num", 1, "--severity", 1, "--save_signature", tmp_path)
     patch(*patch_arguments(models, cifar, "fog", *keep))
     assert RobustWeightSignature.load(tmp_path / "fog.rws").severity == 5
+
+
+def changed(folder, place, **facts):
+    """A copy of the models in which the checkpoint at `place` records other facts."""
+    path = folder / place
+    content = ckpt.read(path) | facts
+    ckpt.save({k: v for k, v in content.items() if v is not ...}, path)
+
+
+STANDARD, FOG = "standard/model_SA_best.pth.tar", "robust/fog/model_RA_best.pth.tar"
+
+
+@pytest.mark.parametrize(
+    ("place", "facts", "said"),
+    [
+        (FOG, {"corruption": ["snow"]}, r"with corruption \['snow'\], .* \['fog'\]"),
+        (FOG, {"corruption": ["fog", "snow"]}, r"with corruption \['fog', 'snow'\], .* \['fog'\]"),
+        (FOG, {"dataset": "cifar100"}, "with dataset cifar100, but here it must be cifar10"),
+        (FOG, {"side": 48}, "with side 48, but here it must be 32"),
+        (STANDARD, {"corruption": ["fog"]}, r"with corruption \['fog'\], .* be \[\]"),
+        (STANDARD, {"classes": "even"}, "with classes even, but here it must be None"),
+        (STANDARD, {"class_names": [*"abxdefghij"]}, "with class_names x, but here it must be c"),
+        (STANDARD, {"side": ..., "image_size": 48}, "with side 48, but here it must be 32"),
+    ],
+)
+def test_recorded_facts_are_compared_with_the_request(models, cifar, tmp_path, place, facts, said):
+    arch, folder = models
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    if place == STANDARD and facts.keys() & {"classes", "class_names", "side"}:
+        changed(tmp_path, FOG, **facts)  # the same set, but not the one asked for
+    changed(tmp_path, place, **facts)
+    with pytest.raises(InputError, match=rf"{Path(place).name}: trained {said}$"):
+        patch(*patch_arguments((arch, tmp_path), cifar, "fog", "--keep_num", 1))
+
+
+def test_older_files_and_what_is_only_told(models, cifar, tmp_path):
+    arch, folder = models
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for place in (STANDARD, FOG):
+        assert ckpt.read(tmp_path / place)["class_names"] == [*"abcdefghij"]
+        assert ckpt.read(tmp_path / place)["side"] == 32
+        changed(tmp_path, place, class_names=..., side=...)
+    command = patch_arguments((arch, tmp_path), cifar, "fog", "--keep_num", 1)
+    expected = patch(*patch_arguments(models, cifar, "fog", "--keep_num", 1))["rows"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert patch(*command)["rows"] == expected
+    changed(tmp_path, FOG, severity=3)
+    with pytest.warns(UserWarning, match="trained at severity 3, --severity is 5"):
+        patch(*command)
+    saved = tmp_path / "patched.pth"
+    patch(*command, "--save_model", saved)
+    with pytest.warns(UserWarning, match=r"patched\.pth is patched already, against \['fog'\]"):
+        patch(*command, "--patched_model", saved)
+
+
+def test_the_key_of_the_weights_is_named_once_for_all(models, cifar, tmp_path):
+    arch, folder = models
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    state, zeros = torch.load(folder / "pre.pth"), {"fc.weight": torch.zeros(1)}
+    torch.save({"model": zeros, "model_ema": {"module": state}}, tmp_path / "pre.pth")
+    key = ("--checkpoint_key", "model_ema", "--keep_num", 1)
+    rows = patch(*patch_arguments((arch, tmp_path), cifar, "fog", *key))["rows"]
+    assert rows == patch(*patch_arguments(models, cifar, "fog", "--keep_num", 1))["rows"]
+    common = ("--dataset", "cifar10", "--arch", arch, "--std_data", cifar, "--lr", 0.005, *QUICK)
+    common += ("--pretrained", tmp_path / "pre.pth", *key[:2])
+    train(*common, "--save_dir", tmp_path / "again")
+    a, b = (f / "model_SA_best.pth.tar" for f in (tmp_path / "again", folder / "standard"))
+    a, b = ckpt.read_state_dict(a), ckpt.read_state_dict(b)
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_the_patched_model_loads_in_torchvision(models, cifar, tmp_path):
+    arch, folder = models
+    saved = tmp_path / "patched.pth"
+    patch(*patch_arguments(models, cifar, "fog", "--keep_num", 1, "--save_model", saved))
+    content = torch.load(saved, weights_only=True)
+    theirs = torchvision.models.get_model(arch, num_classes=10)
+    if arch == "vgg11":
+        theirs.features, theirs.avgpool = theirs.features[:-1], nn.AdaptiveAvgPool2d(1)
+        theirs.classifier = nn.Linear(512, 10)
+    theirs.load_state_dict(content["state_dict"])
+    ours = build_model(arch, 10)
+    ckpt.load_model_weights(ours, arch, ckpt.read_state_dict(saved), saved)
+    assert content["class_names"] == [*"abcdefghij"] and content["patched"] == ["fog"]
+    mean, std = (torch.tensor(content["normalization"][k]).view(3, 1, 1) for k in ("mean", "std"))
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        found, expected = theirs.eval()((images - mean) / std), ours.eval()(images)
+    torch.testing.assert_close(found, expected)
+    # and a standard checkpoint, written plain
+    standard, plain = folder / STANDARD, tmp_path / "plain.pth"
+    ckpt.main(["convert", str(standard), str(plain)])
+    theirs.load_state_dict(torch.load(plain, weights_only=True))
+    with pytest.raises(SystemExit):
+        ckpt.main(["convert", str(standard), str(plain)])
+
+
+def test_show_says_what_a_checkpoint_holds(models, capsys):
+    arch, folder = models
+    ckpt.main(["show", str(folder / FOG)])
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["arch"] == arch and lines["head"] == "10 classes" and lines["side"] == "32"
+    assert lines["corruption"] == "['fog']" and lines["severity"] == "5"
+    assert lines["normalize"].startswith("mean 0.") and "std 0." in lines["normalize"]
+    assert lines["weights"].endswith(ckpt.backbone_hash(ckpt.read_state_dict(folder / FOG)))
+    assert "optimizer" in lines["entries"]
+
+
+def test_negation_takes_the_direction_away(models, cifar, tmp_path):
+    arch, folder = models
+    states = []
+    for alpha in (-1, 1):
+        saved = tmp_path / f"{alpha}.pth"
+        command = patch_arguments(models, cifar, "fog", "--keep_num", 1, "--alpha", alpha)
+        with contextlib.ExitStack() as stack:
+            if alpha < 0:
+                stack.enter_context(pytest.warns(UserWarning, match="no patch of the paper"))
+            rows = patch(*command, "--save_model", saved)["rows"]
+        assert rows[1]["model"] == "patched, keep_num 1" + ", alpha -1" * (alpha < 0)
+        states.append(ckpt.read_state_dict(saved))
+    base = ckpt.read_state_dict(folder / STANDARD)
+    first = "conv1.weight" if arch == "resnet18" else "features.0.weight"
+    less, more = (state[first] - base[first] for state in states)
+    torch.testing.assert_close(less, -more, atol=1e-6, rtol=1e-3)
+    assert more.any()
 
 
 def test_wrong_pretrained_file_is_named_before_any_work(models, cifar, tmp_path):
@@ -400,6 +576,12 @@ def test_robust_folder_is_found_by_exact_name_first(models, tmp_path):
     found = find_robust(tmp_path, "gaussian_noise")
     assert found.parent.name == "gaussian_noise"
     assert find_robust(tmp_path, "fog").parent.name == "vgg_fog_sev5"
+    for name in ("no_snow_at_all", "not-snow", "snowfall", "bigsnow", "no_frost", "a-frost.2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_RA_best.pth.tar").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"no folder for snow \(there: .*bigsnow"):
+        find_robust(tmp_path, "snow")
+    assert find_robust(tmp_path, "frost").parent.name == "a-frost.2"
 
 
 # ---- what a user can get wrong --------------------------------------------------------------

@@ -228,7 +228,7 @@ def test_sigterm_ends_a_run_whose_threads_are_at_work(server, tmp_path):
 def test_a_run_begun_anew_never_mixes_with_the_one_before(server, data, tmp_path):
     folder = tmp_path / "run"
     assert server.start("train", flags(data, folder, 2, "--corruption", "fog")).wait() == 0
-    job = stopped(server, flags(data, folder, 3, "--seed", 1), tmp_path)
+    job = stopped(server, flags(data, folder, 3, "--seed", 1, "--overwrite"), tmp_path)
     job.kill()
     job.wait()
     left = {path.name for path in folder.iterdir() if not path.name.startswith(".")}

@@ -227,6 +227,21 @@ def test_scale_and_sum(study):
         a + replace(a, tensors={study.first: torch.zeros(1)})
 
 
+def test_operators_of_task_arithmetic(study):
+    a, b = study.extract(corruption="fog"), study.extract(robust=study.other, corruption="snow")
+    for key in a.tensors:
+        x, y = a.tensors[key], b.tensors[key]
+        for found, expected in (
+            (-a, -x),
+            (a - b, x - y),
+            (0.5 * a, 0.5 * x),
+            (a * 2, 2 * x),
+            (a / 2, x / 2),
+        ):
+            torch.testing.assert_close(found.tensors[key], expected)
+    assert (a - b).corruptions == ("fog", "snow")
+
+
 def test_cosine(study):
     a, b = study.extract(), study.extract(robust=study.other)
     assert cosine(a, a) == pytest.approx(1) and cosine(a, a.scale(-3)) == pytest.approx(-1)
@@ -252,6 +267,97 @@ def test_patch_adds_and_remove_restores_the_bits(study):
     for _ in range(2):  # the second time nothing more happens
         handle.remove()
         assert same_bits(before, bits(model))
+
+
+def test_all_that_changes_under_a_patch_comes_back(study):
+    model, s = study.model(), study.extract()
+    last = list(model.parameters())[-1]  # of the head, which no patch touches
+    before = bits(model)
+    with patch(model, s):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        model.train()(torch.rand(4, 3, 32, 32)).logsumexp(1).sum().backward()
+        optimizer.step()
+        assert not same_bits(before, bits(model)) and last.grad.any()
+    assert same_bits(before, bits(model))
+    for assign in (False, True):
+        with patch(model, s):
+            model.load_state_dict(study.other, assign=assign)
+        assert same_bits(before, bits(model))
+    handle = patch(model, s)
+    model.double()
+    with pytest.raises(InputError, match=r"can't be removed: .* another shape or type"):
+        handle.remove()
+    model.float()
+    handle.remove()
+    assert same_bits(before, bits(model))
+
+
+def test_an_outer_patch_keeps_its_statistics(study):
+    model, s = study.model(), study.extract()
+    with patch(model, s):
+        model.train()(torch.rand(4, 3, 32, 32))
+        outer = bits(model)
+        with patch(model, s, 0.5):
+            model(torch.rand(4, 3, 32, 32))
+        assert same_bits(outer, bits(model))
+
+
+def in_ddp(model):
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        return torch.nn.parallel.DistributedDataParallel(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.nn.DataParallel,
+        in_ddp,
+        torch.optim.swa_utils.AveragedModel,
+        torch.compile,
+        lambda m: torch.nn.DataParallel(torch.compile(m)),
+    ],
+)
+def test_the_model_in_a_wrapper_is_patched(study, wrap):
+    s, wrapped = study.extract(), wrap(study.model())
+    before = bits(wrapped)
+    inside = next(name for name in before if name.endswith(study.first))
+    with patch(wrapped, s):
+        added = bits(wrapped)[inside] - before[inside]
+        torch.testing.assert_close(added, s.tensors[study.first], atol=1e-6, rtol=1e-3)
+    assert same_bits(before, bits(wrapped))
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
+def test_alpha_is_finite(study, alpha):
+    model = study.model()
+    before = bits(model)
+    with pytest.raises(InputError, match=f"alpha is {alpha}"):
+        patch(model, study.extract(), alpha)
+    assert same_bits(before, bits(model))
+
+
+def test_extract_takes_modules_and_wrapped_dicts(study):
+    forms = (
+        lambda state: {"model_state_dict": state, "epoch": 3},
+        lambda state: {f"module.{k}": v for k, v in state.items()},
+        lambda state: module(study, state),
+        lambda state: torch.nn.DataParallel(module(study, state)),
+    )
+    expected = study.extract()
+    for form in forms:
+        made = RobustWeightSignature.extract(*map(form, (study.pre, study.std, study.rob)), 2)
+        assert made.pretrained == expected.pretrained and made.arch == study.arch
+        assert all(torch.equal(made.tensors[k], v) for k, v in expected.tensors.items())
+
+
+def module(study, state):
+    made = build_model(study.arch, 10)
+    made.load_state_dict(state)
+    return made
 
 
 def test_with_form_and_alpha_zero(study):

@@ -28,6 +28,7 @@ from tests.folders import write_folders
 from utils import checkpoint as ckpt
 from utils import signature_file
 from utils.errors import InputError
+from utils.torch_file import SAVE_ANEW
 
 pytestmark = [  # of torch.jit's age, and of sparse tensors
     pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning"),
@@ -316,6 +317,8 @@ def test_nothing_here_unpickles():
     assert len(files) > 40
     for path in files:
         text = path.read_text(encoding="utf-8")
+        if path.name == "torch_file.py":  # what it tells people, in a message
+            text = text.replace(SAVE_ANEW[0], "", 1)
         assert not re.search(r"pickle\.loads?\(|weights_only=False|allow_pickle=True", text), path
         assert len(re.findall(r"torch\.load\(", text)) == text.count("weights_only=True)"), path
         assert len(re.findall(r"np\.load\(", text)) == text.count("allow_pickle=False)"), path

@@ -129,7 +129,7 @@ TRAIN = [
     ("--pretrained {w}", r": a folder, not a checkpoint file"),
     ("--pretrained {w}/empty.pth", r"empty\.pth: damaged, or not a checkpoint file"),
     ("--pretrained {w}/truncated.pth", r"truncated\.pth: damaged, or not a checkpoint file"),
-    ("--pretrained {w}/text.pth", r"text\.pth: damaged, or not a checkpoint file"),
+    ("--pretrained {w}/text.pth", r"text\.pth: not a checkpoint file but a pointer of Git LFS"),
     ("--pretrained {w}/list.pth", r"list\.pth: a checkpoint holds a dict, this is a list"),
     ("--pretrained {w}/no-weights.pth", r"no-weights\.pth: no tensors in it"),
     ("--pretrained {w}/nan.pth", r"nan\.pth: NaN or Inf in conv1\.weight"),
@@ -149,7 +149,7 @@ PATCH = [
     ("--corruption snoww", r"--corruption snoww: .*'snow'"),
     ("--keep_num 0", r"--keep_num 0: must be at least 1"),
     ("--keep_num 99", r"--keep_num 99: resnet18 has"),
-    ("--alpha -1", r"--alpha -1: must be at least 0"),
+    ("--alpha=-inf", r"--alpha -inf: must be finite"),
     ("--alpha nan", r"--alpha .*finite"),
     ("--finetune_alpha 1 2", r"--finetune_alpha has 2 values for 1 signatures"),
     ("--corruption fog snow --finetune_alpha 1", r"--finetune_alpha has 1 values for 2"),
@@ -170,7 +170,7 @@ PATCH = [
     ("--keep_num 1 2 --save_signature out", r"--save_signature takes one patch"),
     ("--corruption fog snow", r"--corruption_model_root .*: no folder for snow \(there: fog"),
     ("--corruption_model_root {w}/nowhere", r"--corruption_model_root .*nowhere: no such folder"),
-    ("--corruption_model_root {w}/ambiguous", r"several folders fit fog \(there: fog2, my_fog\)"),
+    ("--corruption_model_root {w}/ambiguous", r"several folders fit fog \(there: fog-2, my_fog\)"),
     ("--corruption_model_root {w}/hollow", r"hollow/fog/model_RA_best.* train_corruption\.py"),
     ("--corruption_model_root {w}/shapes", r"conv1\.weight differs in shape: .*robust \(1,\)"),
     ("--base_model {w}/nowhere.pth", r"nowhere\.pth: no such checkpoint file"),
@@ -375,7 +375,7 @@ def world(tmp_path_factory):
         torch.save(content, w / name)
     (w / "truncated.pth").write_bytes((w / "std.pth").read_bytes()[:100_000])
     (w / "text.pth").write_text("version https://git-lfs.github.com/spec/v1")
-    robust = {"robust/fog": "std.pth", "ambiguous/my_fog": "std.pth", "ambiguous/fog2": "std.pth"}
+    robust = {"robust/fog": "std.pth", "ambiguous/my_fog": "std.pth", "ambiguous/fog-2": "std.pth"}
     for place, source in (robust | {"shapes/fog": "shapes.pth"}).items():
         (w / place).mkdir(parents=True)
         (w / place / ckpt.BEST_RA).symlink_to(w / source)
@@ -485,7 +485,7 @@ def test_validation_images_among_the_test_images_are_told(world, tmp_path, capsy
         (tmp_path / "both" / part).symlink_to(world / "data" / "train")
     (line,) = said_by(train_corruption, f"--data {tmp_path / 'both'}", world, capsys)
     assert "validation and test overlap: 2 of 2 different validation images" in line
-    assert not said_by(train_corruption, "", world, capsys)
+    assert not said_by(train_corruption, "--overwrite", world, capsys)
 
 
 def test_labels_that_differ_from_the_clean_ones_are_told(world, tmp_path, capsys):

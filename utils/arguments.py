@@ -66,8 +66,10 @@ def number(
         except ValueError:
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text}: must be {what}") from None
-        if not least <= value <= most or value == math.inf:
-            span = f"at least {least}, and finite" if most == math.inf else f"{least} to {most}"
+        if not least <= value <= most or math.isinf(value):
+            span = f"{least} to {most}"
+            if most == math.inf:
+                span = "finite" if least == -most else f"at least {least}, and finite"
             raise argparse.ArgumentTypeError(f"{text}: must be {span}")
         return value
 
@@ -144,6 +146,7 @@ FLAGS = {
         const=IMAGENET,
     ),
     "pretrained_path": flag("the file of --pretrained", "FILE"),
+    "checkpoint_key": flag("where in foreign checkpoints the weights are, e.g. model_ema", "KEY"),
     "keep_head": switch(
         "start from the head of --pretrained too: train a model of these classes on"
     ),
@@ -191,12 +194,16 @@ FLAGS = {
     "bn_float": switch("keep the batch-norm tensors of a ResNet in float32"),
     # patching
     "alpha": flag(
-        "strength; each of n signatures gets A/n", "A", type=number(0), nargs="+", default=[1.0]
+        "strength; each of n signatures gets A/n; below 0 it takes their direction away",
+        "A",
+        type=number(-math.inf),
+        nargs="+",
+        default=[1.0],
     ),
     "finetune_alpha": flag(
         "a strength for each of --corruption, in its order; wins over --alpha",
         "A",
-        type=number(0),
+        type=number(-math.inf),
         nargs="+",
     ),
     "signature": flag(
@@ -223,7 +230,8 @@ FLAGS = {
         "DIR",
     ),
     "save_log": flag("accumulate TA and RA over runs in FILE; this run's go to FILE.json", "FILE"),
-    "save_model": flag("write the patched model's checkpoint", "FILE"),
+    "baseline_log": flag("a --save_log whose standard model is the baseline of mCE", "FILE"),
+    "save_model": flag("write the patched model, with torchvision's keys", "FILE"),
     "test_all_corruptions": switch("measure RA on all 19, not only these"),
     # files
     "out": flag("the folder to write to", "DIR"),

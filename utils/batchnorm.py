@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from utils.errors import InputError
+
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 _KINDS = ("running_mean", "running_var")
 
@@ -55,17 +57,28 @@ def pooled(a: Mapping[str, Tensor], b: Mapping[str, Tensor], share: float) -> di
     return found
 
 
+def _is_batch(value: object) -> bool:
+    """Whether it is images, or images with labels; several images of a kind are a loader."""
+    if isinstance(value, (tuple, list)) and value and isinstance(value[0], Tensor):
+        return len({getattr(part, "ndim", None) for part in value[:2]}) == min(2, len(value))
+    return isinstance(value, Tensor)
+
+
 @torch.no_grad()
 def reestimate(
     model: nn.Module, loaders: Iterable[Iterable], strength: float = 1.0, *, amp: bool = False
 ) -> None:
     """Replace the running statistics of `model`, in place, by those of the batches in `loaders`.
 
-    `loaders` are passed over one after the other into one running average (one per corruption).
+    `loaders` are passed over one after the other into one running average (one per corruption); one
+    loader alone is taken, too. A batch is images, or (images, labels): float in [0, 1], or uint8.
     `strength` is a = min(1, Σ w_c), 0 … 1; at 0 nothing is read and nothing changes.
     Parameters are not touched and the model's mode is left as it was.
+    Raises InputError where there are no batches of images; the statistics are then as before.
     """
     layers = _layers(model)
+    if not 0 <= strength <= 1:
+        raise InputError(f"strength {strength}: must be 0 to 1")
     if strength == 0 or not layers:
         return
     device = next(model.parameters()).device
@@ -76,16 +89,27 @@ def reestimate(
     for layer in layers:
         layer.reset_running_stats()
         layer.train()
-    seen = 0
-    for loader in loaders:
-        for images, _ in tqdm(loader, desc="batch-norm statistics", disable=None, leave=False):
-            for layer in layers:
-                layer.momentum = len(images) / (seen + len(images))
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                model(images)
-            seen += len(images)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
+    seen, whole = 0, False
+    try:
+        for loader in loaders:
+            batches = [loader] if _is_batch(loader) else loader  # `loaders` is one loader
+            for batch in tqdm(batches, desc="batch-norm statistics", disable=None, leave=False):
+                images = (batch if isinstance(batch, Tensor) else batch[0]).to(device)
+                if images.dtype == torch.uint8:
+                    images = images.float() / 255
+                for layer in layers:
+                    layer.momentum = len(images) / (seen + len(images))
+                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    model(images)
+                seen += len(images)
+        if not seen:
+            raise InputError("no images to re-estimate the batch-norm statistics from")
+        whole = True
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for key, statistic in before.items() if not whole else ():
+            model.get_buffer(key).copy_(statistic)
+        for module, training in modes.items():
+            module.training = training
     interpolate(model, before, 1 - strength)
-    for module, training in modes.items():
-        module.training = training

@@ -1,9 +1,12 @@
 """Checkpoints: read whatever researchers have, write ours whole or not at all.
 
 Read: the RWS authors' files (a dict with `state_dict`, with or without `normalize.*`),
-torchvision's ImageNet weights, plain state dicts, and DataParallel's `module.` prefix; half
-precision becomes float32. Files are read with `weights_only=True`, so nothing in them is executed,
-and the checksums in them are compared, which torch doesn't do.
+torchvision's ImageNet weights, plain state dicts, those that other trainers wrap (`weights_in`);
+half precision becomes float32. Nothing in a file is executed, and the checksums in it are compared
+(utils/torch_file.py).
+
+    python -m utils.checkpoint show FILE            what a checkpoint holds
+    python -m utils.checkpoint convert FILE OUT     a plain state dict, with torchvision's keys
 """
 
 from __future__ import annotations
@@ -11,87 +14,120 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import zipfile
-from collections.abc import Collection, Mapping
-from pathlib import Path
+import re
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 from models import head_prefix
-from utils.errors import InputError
+from models.layers import infer_arch
+from utils.errors import InputError, script_errors
 from utils.files import replacing
+from utils.torch_file import read
 
 IMAGENET = "torchvision's ImageNet weights"
 LAST, BEST_SA, BEST_RA = "checkpoint.pth.tar", "model_SA_best.pth.tar", "model_RA_best.pth.tar"
 
-# Published checkpoints hold best accuracies as NumPy scalars; these types carry data, no code.
-_NUMPY_SCALARS = [
-    np.dtype,
-    np.ndarray,
-    *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)),
-    (np.core if np.__version__.startswith("1.") else np._core).multiarray.scalar,
-]
+# What our scripts record of a model; `facts` gives them.
+FACTS = ("arch", "dataset", "image_size", "side", "classes", "class_names", "corruption")
+FACTS += ("severity", "patched", "pretrained_hash", "epoch")
+# Where trainers keep weights in a dict: in this order, those averaged over steps last.
+RAW = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module")
+AVERAGED = re.compile(r"(^|_)(ema|swa|avg|averaged)(_|$)")
+# Wrappers of a model put their names into its keys: torch's own anywhere, those of trainers in
+# front of all.
+_WRAPPERS = ("module", "_orig_mod")
+_PREFIXES = ("model.", "backbone.", "encoder.", "net.", "network.")
+_DEPTH = 8  # of dicts in dicts; a file could hold one in itself
 
 
-def read(path: str | os.PathLike, what: str = "checkpoint") -> dict:
-    """The dict in a file that torch wrote, tensors on the CPU; `what` it is, for the messages.
+def facts(checkpoint: Mapping) -> dict:
+    """What a checkpoint of our scripts says of its model, by FACTS; empty for other files."""
+    if not {"arch", "dataset", "pretrained_hash", "state_dict"} <= checkpoint.keys():
+        return {}
+    plain = (str, int, list, type(None))
+    known = {k: checkpoint[k] for k in FACTS if isinstance(checkpoint.get(k, ...), plain)}
+    if size := known.pop("image_size", None):  # older files have no more
+        known.setdefault("side", size)
+    return known
 
-    Raises InputError when the file is missing, damaged, or holds more than values and tensors.
+
+def _holds_tensors(value: object, depth: int = _DEPTH) -> bool:
+    if isinstance(value, Mapping) and depth:
+        return any(_holds_tensors(v, depth - 1) for v in value.values())
+    return isinstance(value, (Tensor, nn.Module))
+
+
+def _weight_names(content: Mapping) -> list[str]:
+    """The entries of `content` that hold weights, by their names."""
+    held = [k for k, v in content.items() if not isinstance(v, Tensor) and _holds_tensors(v)]
+    averaged = [k for k in held if isinstance(k, str) and AVERAGED.search(k)]
+    return [k for k in RAW if k in held] + averaged
+
+
+def weights_in(
+    content: Mapping | nn.Module, path: str | os.PathLike, key: str | None = None
+) -> dict[str, Tensor]:
+    """The state dict in `content`: a module's, a dict's own, or one under a known name in it.
+
+    Keys come without the prefixes of wrappers. key: --checkpoint_key, which names the entry to
+    take ("a.b" for one in another); our own checkpoints, which have but one, are read without it.
+    Raises InputError where there are no weights or no such entry; warns where it chose.
     """
-    path = Path(path)
-    if path.is_dir():
-        hint = f"; name a file in it, e.g. {BEST_SA}" if what == "checkpoint" else ""
-        raise InputError(f"{path}: a folder, not a {what} file{hint}")
-    if not path.is_file():
-        raise InputError(f"{path}: no such {what} file")
-    try:
-        _check_archive(path)
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and zipfile raise many types for damaged or refused files
-        told = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
-        reason = next(iter(told.strip().splitlines()), type(error).__name__)[:120]
-        wrong = f"damaged, or not a {what} file"
-        # An operand is any byte of a file that is no pickle at all.
-        if told.startswith("Unsupported") and not told.startswith("Unsupported operand"):
-            wrong, reason = "holds more than weights and was not opened", reason.partition(". ")[0]
-        raise InputError(f"{path}: {wrong} ({reason})") from error
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path}: a {what} holds a dict, this is a {type(content).__name__}")
-    return dict(content)
+    if key and not (isinstance(content, Mapping) and facts(content)):
+        names = ", ".join(map(str, content)) if isinstance(content, Mapping) else "a module"
+        for part in [key] if isinstance(content, Mapping) and key in content else key.split("."):
+            content = content.get(part) if isinstance(content, Mapping) else None
+        if not _holds_tensors(content) or isinstance(content, Tensor):
+            raise InputError(f"{path}: no weights under --checkpoint_key {key}; it holds {names}")
+    for _ in range(_DEPTH):
+        if isinstance(content, nn.Module):
+            content = content.state_dict()
+        if not (names := _weight_names(content)):
+            break
+        if len(names) > 1:
+            others = " or ".join(names[1:])
+            said = f"{path}: took the weights under {names[0]}"
+            warnings.warn(f"{said}; --checkpoint_key takes {others}", stacklevel=2)
+        content = content[names[0]]
+    state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    if not state:
+        held = ", ".join(map(str, content)) or "nothing"
+        more = [str(k) for k, v in content.items() if _holds_tensors(v)]
+        hint = f"; --checkpoint_key names an entry: {', '.join(more)}" if more else ""
+        raise InputError(f"{path}: no tensors in it, so no state dict (it holds {held}){hint}")
+    return _unwrapped(state, path)
 
 
-def _check_archive(path: Path) -> None:
-    """Raise BadZipFile for a torch archive with a wrong checksum, or packed like no torch file."""
-    if not zipfile.is_zipfile(path):
-        return  # the format before torch 1.6
-    with zipfile.ZipFile(path) as archive:
-        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-            raise zipfile.BadZipFile("compressed")
-        damaged = archive.testzip()
-    if damaged:
-        raise zipfile.BadZipFile(f"checksum of {damaged}")
+def _unwrapped(state: dict[str, Tensor], path: str | os.PathLike) -> dict[str, Tensor]:
+    """`state` with the keys of the model inside the wrappers, their counters left out."""
+    parts = {key: [p for p in key.split(".") if p not in _WRAPPERS] for key in state}
+    names = {key: ".".join(kept) for key, kept in parts.items() if kept[-1:] != ["n_averaged"]}
+    while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in names.values())), 0):
+        names = {key: name.removeprefix(prefix) for key, name in names.items()}
+    if len({*names.values()}) < len(names):
+        raise InputError(f"{path}: two models in one, with and without a wrapper's prefix")
+    return {name: state[key] for key, name in names.items()}
 
 
-def state_dict_of(checkpoint: Mapping, path: str | os.PathLike) -> dict[str, Tensor]:
-    """The float32 state dict in a `read` checkpoint; `path` is for the error messages."""
-    state = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(state, Mapping):
-        raise InputError(f"{path}: its 'state_dict' is no state dict")
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    if not tensors:
-        raise InputError(f"{path}: no tensors in it, so not a state dict")
-    tensors = {str(k).removeprefix("module."): v for k, v in tensors.items()}
-    for key, tensor in tensors.items():
+def state_dict_of(
+    checkpoint: Mapping, path: str | os.PathLike, key: str | None = None
+) -> dict[str, Tensor]:
+    """The float32 state dict in a `read` checkpoint, by `weights_in`; `path` is for messages."""
+    tensors = weights_in(checkpoint, path, key)
+    if "normalization" in checkpoint and facts(checkpoint):  # of --save_model
+        constants = checkpoint["normalization"].items()
+        tensors |= {f"normalize.{name}": torch.tensor(values) for name, values in constants}
+    for name, tensor in tensors.items():
         if not is_plain(tensor):
-            raise InputError(f"{path}: {key} is no plain tensor")
+            raise InputError(f"{path}: {name} is no plain tensor")
         if tensor.is_floating_point():
-            tensors[key] = tensor = tensor.float()
+            tensors[name] = tensor = tensor.float()
             if not torch.isfinite(tensor).all():
-                raise InputError(f"{path}: NaN or Inf in {key}")
+                raise InputError(f"{path}: NaN or Inf in {name}")
     return tensors
 
 
@@ -102,9 +138,9 @@ def is_plain(tensor: Tensor) -> bool:
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
-def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
+def read_state_dict(path: str | os.PathLike, key: str | None = None) -> dict[str, Tensor]:
     """`read` and `state_dict_of` in one: state-dict key → float32 tensor on the CPU."""
-    return state_dict_of(read(path), path)
+    return state_dict_of(read(path), path, key)
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -188,14 +224,17 @@ def _is_optional(key: str) -> bool:
     return key.startswith("normalize.") or key.endswith("num_batches_tracked")
 
 
-def pretrained_state_dict(source: str | os.PathLike, arch: str) -> dict[str, Tensor]:
+def pretrained_state_dict(
+    source: str | os.PathLike, arch: str, key: str | None = None
+) -> dict[str, Tensor]:
     """θ_pre from a checkpoint file, or torchvision's ImageNet weights of `arch` (IMAGENET).
 
+    key: --checkpoint_key, as `weights_in` takes it.
     The latter are downloaded once by torch.hub; without a network and a cached copy that is an
     InputError that names --pretrained_path.
     """
     if source != IMAGENET:
-        return read_state_dict(source)
+        return read_state_dict(source, key)
     try:
         # V1 is the classic recipe, what "ImageNet pretrained" meant in papers up to 2022.
         return dict(get_model_weights(arch).IMAGENET1K_V1.get_state_dict(progress=False))
@@ -215,3 +254,77 @@ def save(checkpoint: Mapping, *paths: str | os.PathLike) -> None:
             if not buffer.tell():  # 0.5 s for a VGG-16: once
                 torch.save(dict(checkpoint), buffer)
             temporary.write_bytes(buffer.getbuffer())
+
+
+# ---- show, convert ------------------------------------------------------------------------------
+
+
+def describe(path: str | os.PathLike, key: str | None = None) -> str:
+    """What a checkpoint holds, as text: weights, normalization, what is recorded, other entries."""
+    content = read(path)
+    state = state_dict_of(content, path, key)
+    arch = infer_arch(state)
+    values = sum(tensor.numel() for tensor in state.values())
+    lines = {
+        "weights": f"{len(state)} tensors, {values:,} values, hash {backbone_hash(state)}",
+        "arch": arch or "none of those known here",
+    }
+    if arch and (bias := state.get(f"{head_prefix(arch)}bias")) is not None:
+        lines["head"] = f"{len(bias)} classes"
+    lines["normalize"] = normalization_words(state)
+    lines |= {name: fact for name, fact in facts(content).items() if name not in lines}
+    rest = [str(k) for k in content if k not in lines and not isinstance(content[k], Tensor)]
+    lines["entries"] = ", ".join(rest)
+    return "\n".join(f"{name:<16} {said}" for name, said in lines.items() if said not in (None, ""))
+
+
+def normalization_words(state: Mapping[str, Tensor]) -> str:
+    """The constants that a model normalizes images in [0, 1] by, in words."""
+    if "normalize.mean" not in state:
+        return "not in it"
+    told = (
+        f"{name} {' '.join(f'{v:.4f}' for v in state[f'normalize.{name}'].flatten().tolist())}"
+        for name in ("mean", "std")
+    )
+    return ", ".join(told)
+
+
+def torchvision_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` without normalization: what torchvision's model loads with `load_state_dict`.
+
+    A VGG of ours is torchvision's with features[:-1], AdaptiveAvgPool2d(1) and a Linear(512, n).
+    """
+    return {k: v.detach().cpu() for k, v in state.items() if not k.startswith("normalize.")}
+
+
+def save_model(model: nn.Module, path: str | os.PathLike, facts: Mapping) -> None:
+    """Write `model` in the form of `torchvision_state`, its normalization and `facts` beside it."""
+    constants = {k: getattr(model.normalize, k).flatten().tolist() for k in ("mean", "std")}
+    state = torchvision_state(model.state_dict())
+    save({"state_dict": state, "normalization": constants, **facts}, path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    from utils import arguments  # which needs the names above
+
+    with script_errors():
+        parser = arguments.Parser(__doc__, prog="python -m utils.checkpoint")
+        parser.add_argument("command", choices=["show", "convert"])
+        parser.add_argument("file", help="a checkpoint")
+        parser.add_argument("out", nargs="?", help="of convert: the file to write")
+        arguments.add(parser, "checkpoint_key overwrite")
+        args = parser.parse_args(argv)
+        if (args.out is None) != (args.command == "show"):
+            raise InputError("show takes FILE, convert FILE and OUT")
+        if args.out and os.path.exists(args.out) and not args.overwrite:
+            raise InputError(f"{args.out}: is there already; --overwrite replaces it")
+        print(describe(args.file, args.checkpoint_key))
+        if args.out:
+            state = read_state_dict(args.file, args.checkpoint_key)
+            save(torchvision_state(state), args.out)
+            print(f"{args.out}: a state dict; normalize images by yourself, by the constants above")
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,7 @@ from statistics import fmean
 import torch
 import torchvision
 
+from utils.errors import InputError
 from utils.files import write_text
 
 
@@ -80,6 +81,24 @@ def recovered(standard: float, patched: float, robust: float) -> float | None:
     return 100 * (patched - standard) / (robust - standard) if robust > standard else None
 
 
+def mean_corruption_error(
+    ra: Mapping[str, float], baseline: Mapping[str, float], labels: Mapping[str, Sequence[str]]
+) -> float | None:
+    """mCE in percent: errors summed over severities, relative to the baseline's; their mean.
+
+    ra, baseline: RA in percent by label; labels: those of each corruption. None where `ra` lacks
+    one. Raises InputError where the baseline does, or makes no error.
+    """
+    if lacking := [x for of_one in labels.values() for x in of_one if x not in baseline]:
+        raise InputError(f"--baseline_log: no RA of {', '.join(lacking)}; measure it likewise")
+    if any(label not in ra for of_one in labels.values() for label in of_one):
+        return None
+    sums = [[sum(100 - of[x] for x in xs) for of in (ra, baseline)] for xs in labels.values()]
+    if any(theirs == 0 for _, theirs in sums):
+        raise InputError("--baseline_log: a baseline without errors has no mCE")
+    return 100 * fmean(ours / theirs for ours, theirs in sums)
+
+
 def write_csv(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
     """Write `rows` to `path` as CSV, atomically: a column per key that any of them has."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -113,12 +132,13 @@ def patching_table(rows: Sequence[dict], own: Sequence[str], sources: Mapping[st
     extra = [f"RA all {count} ({_origin(rows[0]['RA'], sources)}), %"] if count > len(own) else []
     extra += ["clean and these mixed, %"] if "mixture" in rows[0] else []
     single = [f"RA {c} ({_origin([c], sources)}), %" for c in own]
-    columns = ["model", "TA, %", *single, "RA mean, %", *extra]
+    mce = ["mCE, %"] if "mCE" in rows[0] else []
+    columns = ["model", "TA, %", *single, "RA mean, %", *extra, *mce]
     lines = []
     for row in rows:
         every = fmean(row["RA"].values()) if len(row["RA"]) == count else None
         line = [row["model"], row["TA"], *(row["RA"].get(c) for c in own), row["RA_mean"]]
-        line += [every] * (count > len(own)) + [row[k] for k in ("mixture",) if k in row]
+        line += [every] * (count > len(own)) + [row[k] for k in ("mixture", "mCE") if k in row]
         lines.append([*line, row.get("recovered")])
     return markdown_table([*columns, "recovered, %"], lines)
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import os
 import warnings
-import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
@@ -29,10 +28,12 @@ from models.layers import carried_keys, infer_arch, is_carried, layer_keys
 from utils import quantize
 from utils.arguments import FLAGS
 from utils.batchnorm import pooled
-from utils.checkpoint import backbone_hash, read_state_dict
+from utils.checkpoint import backbone_hash, read_state_dict, weights_in
 from utils.errors import InputError
+from utils.patch import _PATCHES, Patch, check_fits, patch  # noqa: F401, the other half of the interface
 
 StateDict = Mapping[str, Tensor]
+Source = Mapping | nn.Module | str | os.PathLike  # of weights: `utils.checkpoint.weights_in`
 
 
 # ---- the method -----------------------------------------------------------------------------
@@ -158,9 +159,9 @@ class RobustWeightSignature:
     @classmethod
     def extract(
         cls,
-        pretrained: StateDict | str | os.PathLike,
-        standard: StateDict | str | os.PathLike,
-        robust: StateDict | str | os.PathLike,
+        pretrained: Source,
+        standard: Source,
+        robust: Source,
         keep_num: int | None = None,
         *,
         method: Method | None = None,
@@ -172,14 +173,16 @@ class RobustWeightSignature:
     ) -> RobustWeightSignature:
         """RWS of θ_robust against θ_standard, both fine-tuned from θ_pretrained.
 
-        The three are state dicts or checkpoint files; `arch` is read off the keys when not given.
-        `method` (default: the paper's) with `keep_num` layers where that is given; `seed` draws
-        random layers. Raises InputError when a key is missing, a shape differs or a value is not
-        finite.
+        The three are modules, state dicts, dicts with one in, or checkpoint files. `arch` is read
+        off the keys when not given; `method` (default: the paper's) with `keep_num` layers where
+        that is given; `seed` draws random layers. Raises InputError when a key is missing, a shape
+        differs or a value is not finite.
         """
         roles = {"pretrained": pretrained, "standard": standard, "robust": robust}
         states = {
-            role: source if isinstance(source, Mapping) else read_state_dict(source)
+            role: read_state_dict(source)
+            if isinstance(source, (str, os.PathLike))
+            else weights_in(source, f"the {role} model")
             for role, source in roles.items()
         }
         arch = arch or infer_arch(states["standard"])
@@ -264,6 +267,20 @@ class RobustWeightSignature:
 
     __radd__ = __add__
 
+    def __neg__(self) -> RobustWeightSignature:
+        return self.scale(-1)
+
+    def __sub__(self, other: RobustWeightSignature) -> RobustWeightSignature:
+        return self + -other
+
+    def __mul__(self, w: float) -> RobustWeightSignature:
+        return self.scale(w)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, w: float) -> RobustWeightSignature:
+        return self.scale(1 / w)
+
     # ---- storage -------------------------------------------------------------------------
 
     def quantize(
@@ -306,94 +323,3 @@ def _check_same_shapes(states: Mapping[str, StateDict], keys: Iterable[str]) -> 
         if len(set(shapes.values())) > 1:
             told = ", ".join(f"{role} {shape}" for role, shape in shapes.items())
             raise InputError(f"{key} differs in shape: {told}")
-
-
-# ---- putting it on, taking it off ----------------------------------------------------------
-
-_PATCHES: weakref.WeakKeyDictionary[nn.Module, list[Patch]] = weakref.WeakKeyDictionary()
-
-
-class Patch:
-    """A signature that is on a model; `remove()` takes it off. Also a context manager.
-
-    Patches come off in any order. When the last one goes, parameters and buffers have the bits
-    they had before the first; what was changed in them meanwhile (training, batch-norm
-    re-estimation) is undone with it.
-    """
-
-    def __init__(self, model: nn.Module, signature: RobustWeightSignature, alpha: float) -> None:
-        self._model = weakref.ref(model)  # _PATCHES would keep its own key alive otherwise
-        self._signature, self._alpha = signature, alpha
-        self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-        self._put_on(model)
-
-    @torch.no_grad()
-    def _put_on(self, model: nn.Module) -> None:
-        self._before = {}
-        for key, delta in self._signature.tensors.items():
-            θ = model.get_parameter(key)
-            self._before[key] = θ.detach().clone()
-            if self._alpha != 0:  # θ + 0 would still turn −0.0 into 0.0
-                θ.add_(delta.to(device=θ.device, dtype=θ.dtype), alpha=self._alpha)
-
-    @torch.no_grad()
-    def remove(self) -> None:
-        """Restore the model; a second call does nothing."""
-        model = self._model()
-        live = [] if model is None else _PATCHES.get(model, [])
-        if self not in live:
-            return
-        at = live.index(self)
-        above = live[at + 1 :]
-        del live[at]
-        if above:
-            above[0]._buffers = self._buffers  # the next one's "before" is now ours
-        else:
-            for name, saved in self._buffers.items():
-                model.get_buffer(name).copy_(saved)
-        for patch in (*reversed(above), self):  # down to this one, and the others on again
-            for key, before in patch._before.items():
-                model.get_parameter(key).copy_(before)
-        for patch in above:
-            patch._put_on(model)
-        if not live:
-            del _PATCHES[model]
-
-    def __enter__(self) -> Patch:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
-
-
-def patch(model: nn.Module, signature: RobustWeightSignature, alpha: float = 1.0) -> Patch:
-    """Add alpha · signature to `model` in place and return the handle that takes it off again.
-
-    Only the touched parameters (and the buffers, for batch norm) are kept aside. The running
-    statistics of batch norm are not touched here: see `utils.batchnorm.reestimate`.
-    Raises InputError, before anything is changed, when the model lacks a key or a shape differs;
-    warns when the model is known to descend from other pretrained weights.
-    """
-    check_fits(model, signature)
-    handle = Patch(model, signature, alpha)
-    _PATCHES.setdefault(model, []).append(handle)
-    return handle
-
-
-def check_fits(model: nn.Module, signature: RobustWeightSignature) -> None:
-    """Raise InputError, and warn, where `patch` does."""
-    parameters = dict(model.named_parameters()) | dict(model.named_buffers())
-    name = f"signature of {signature.name}"
-    for key, tensor in (signature.tensors | signature.statistics).items():
-        if key not in parameters:
-            raise InputError(f"{name} is for {signature.arch}: the model has no {key}")
-        theirs, ours = tuple(parameters[key].shape), tuple(tensor.shape)
-        if theirs != ours:
-            raise InputError(f"{name}: {key} is {ours}, the model's is {theirs}")
-    lineage = getattr(model, "pretrained_hash", None)
-    if lineage and signature.pretrained and lineage != signature.pretrained:
-        warnings.warn(  # the warnings module shows the same text once
-            f"the {name} comes from pretrained weights {signature.pretrained}, "
-            f"the model from {lineage}",
-            stacklevel=1,
-        )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.layers import depth_order
 from utils import arguments, log
@@ -60,6 +62,9 @@ def check(args: argparse.Namespace) -> None:
     if args.finetune_alpha is not None and len(args.finetune_alpha) != count:
         given = len(args.finetune_alpha)
         raise InputError(f"--finetune_alpha has {given} values for {count} signatures")
+    if min(args.finetune_alpha or args.alpha) < 0:
+        said = "a negative strength takes the signature's direction away: no patch of the paper"
+        warnings.warn(said, stacklevel=2)
     patches = len(keep_nums) * (1 if args.finetune_alpha is not None else len(args.alpha))
     outputs = [flag for flag in ("save_log", "save_model", "save_signature") if getattr(args, flag)]
     if outputs and patches > 1:
@@ -67,6 +72,8 @@ def check(args: argparse.Namespace) -> None:
     check_outputs(args)
     if args.save_log:
         log.read(Path(args.save_log))
+    if args.baseline_log and not Path(args.baseline_log).is_file():
+        raise InputError(f"--baseline_log {args.baseline_log}: no such log, --save_log writes one")
 
 
 def weightings(args: argparse.Namespace, n: int) -> list[list[float]]:
@@ -101,20 +108,8 @@ def patch_title(
     return title
 
 
-def save_model(args: argparse.Namespace, model: nn.Module, dataset: str) -> None:
-    """Write the patched model to --save_model, in the form train_corruption.py reads."""
-    content = {
-        "state_dict": model.state_dict(),
-        "arch": args.arch,
-        "dataset": dataset,
-        "patched": list(args.corruption),
-        "pretrained_hash": model.pretrained_hash,
-    }
-    ckpt.save(content, args.save_model)
-
-
 def find_robust(root: str | Path, corruption: str) -> Path:
-    """The checkpoint of `corruption` under `root`: in the folder of that name, or with it in.
+    """The checkpoint of `corruption` under `root`: in the folder of that name, or with that word.
 
     Raises InputError when there is no such folder, several, or no checkpoint in it.
     """
@@ -123,7 +118,9 @@ def find_robust(root: str | Path, corruption: str) -> Path:
         raise InputError(f"--corruption_model_root {root}: no such folder")
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     exact = [f for f in folders if f.name == corruption]
-    found = exact or [f for f in folders if corruption in f.name]
+    # `fog` is a word of vgg_fog_sev5, not of foggy or no_fog_at_all.
+    word = rf"(?<![a-z0-9])(?<!no[-_])(?<!not[-_])(?<!without[-_]){corruption}(?![a-z0-9])"
+    found = exact or [f for f in folders if re.search(word, f.name, re.I)]
     if len(found) != 1:
         names = ", ".join(f.name for f in (found or folders)) or "nothing"
         what = "several folders fit" if found else "no folder for"
@@ -134,27 +131,56 @@ def find_robust(root: str | Path, corruption: str) -> Path:
     return path
 
 
-def load_states(args: argparse.Namespace) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
+def check_facts(checkpoint: Mapping, path: str | Path, wanted: Mapping) -> None:
+    """Raise InputError where one of our checkpoints records something else than `wanted`.
+
+    wanted: by names of `ckpt.FACTS`; what older files lack is passed over. Warns of a model that
+    has patches on.
+    """
+    known = ckpt.facts(checkpoint)
+    if known.get("patched"):
+        warnings.warn(f"{path} is patched already, against {known['patched']}", stacklevel=2)
+    for name, ours in wanted.items():
+        theirs = known.get(name, ours)
+        if theirs == ours:
+            continue
+        if name == "class_names":
+            pairs = itertools.zip_longest(theirs, ours, fillvalue="none")
+            theirs, ours = next((a, b) for a, b in pairs if a != b)
+        raise InputError(f"{path}: trained with {name} {theirs}, but here it must be {ours}")
+
+
+def load_states(
+    args: argparse.Namespace, base: Mapping
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
     """θ_pre, θ_std and every θ_c as float32 state dicts; with --signature only the θ_c given.
 
-    Also the severity that each θ_c says it was trained at (--severity where it says nothing).
+    base: what --base_model holds. Also the severity that each θ_c says it was trained at (the
+    highest --severity where it says nothing). Raises InputError for models of several data sets.
     """
     states, severities = {}, {}
+    known, key = ckpt.facts(base), args.checkpoint_key
+    like = {f: known[f] for f in ("dataset", "side", "classes", "class_names") if f in known}
     if not args.signature:
         source = arguments.pretrained_source(args)
-        states["pretrained"] = ckpt.pretrained_state_dict(source, args.arch)
-        states["standard"] = ckpt.read_state_dict(args.base_model)
+        check_facts(base, args.base_model, {"corruption": []})
+        states["pretrained"] = ckpt.pretrained_state_dict(source, args.arch, key)
+        states["standard"] = ckpt.state_dict_of(base, args.base_model, key)
         for path, state in zip((source, args.base_model), states.values(), strict=True):
-            for key in itertools.chain(*depth_order(args.arch)):
-                if key not in state:
-                    raise InputError(f"{path} does not hold a {args.arch}: it has no {key}")
+            for name in itertools.chain(*depth_order(args.arch)):
+                if name not in state:
+                    raise InputError(f"{path} does not hold a {args.arch}: it has no {name}")
         pretrained_hash = ckpt.backbone_hash(states["pretrained"])
     for name in args.corruption if args.corruption_model_root else ():
         path = find_robust(args.corruption_model_root, name)
         checkpoint = ckpt.read(path)
-        states[name] = ckpt.state_dict_of(checkpoint, path)
+        check_facts(checkpoint, path, {"corruption": [name], **like})
+        states[name] = ckpt.state_dict_of(checkpoint, path, key)
         severity = checkpoint.get("severity")
-        severities[name] = severity if severity in range(1, 6) else args.severity
+        severities[name] = severity if severity in range(1, 6) else max(args.severity)
+        if severities[name] not in args.severity:
+            said = f"{path} was trained at severity {severity}, --severity is"
+            warnings.warn(f"{said} {' '.join(map(str, args.severity))}", stacklevel=2)
         lineage = checkpoint.get("pretrained_hash")
         if lineage and not args.signature and lineage != pretrained_hash:
             warnings.warn(f"{path} was not fine-tuned from {source}", stacklevel=2)
