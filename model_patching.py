@@ -148,16 +148,16 @@ class Patching:
             return replace(signature, statistics=running_statistics(model))
 
     def learnt(
-        self, signatures: Sequence[RobustWeightSignature], by: str, unlabeled: bool = False
+        self, signatures: Sequence[RobustWeightSignature], by: str, unlabeled: bool, steps: int
     ) -> RobustWeightSignature:
         """Σ_c w_c · RWS_c as one, w learnt on validation images for each "signature" or "layer"."""
         n, names = len(signatures), dict.fromkeys(c for s in signatures for c in s.corruptions)
-        clean = spaced(self.validation, STEPS * BATCH // (1 + len(names)))  # all that is drawn
+        clean = spaced(self.validation, steps * BATCH // (1 + len(names)))  # all that is drawn
         copies = [self.corrupted(clean, c, "val", self.severities[c]) for c in names]
         parts = [images.images for images in (clean, *copies)]
         with self.patched(signatures, [1 / n] * n) as model:
             how = {"statistics": running_statistics(model), "amp": self.amp}
-        how |= {"per_layer": by == "layer", "seed": self.args.seed}
+        how |= {"per_layer": by == "layer", "seed": self.args.seed, "steps": steps}
         return learn(self.target, signatures, parts, None if unlabeled else clean.labels, **how)
 
     def total(
@@ -311,7 +311,7 @@ def run(args: argparse.Namespace) -> dict:
     for keep_num in () if chooser else args.keep_num:
         signatures = run.stored or [run.signature(c, keep_num=keep_num) for c in args.corruption]
         if args.learn_alpha:
-            signatures = [run.learnt(signatures, args.learn_alpha, args.unlabeled)]
+            signatures = [run.learnt(signatures, args.learn_alpha, args.unlabeled, STEPS)]
         if args.save_signature:  # what is measured is what the files hold
             signatures = [run.with_statistics(s) for s in signatures]
         for weights in sources.weightings(args, len(signatures)):

@@ -15,7 +15,7 @@ from experiments import plots, tables
 from experiments.tables import BATCHNORM_ONLY, FAILS, PATCHED, STANDARD, UNION, graded
 from utils import checkpoint as ckpt
 from utils.batchnorm import has_batchnorm, running_statistics
-from utils.learn import BATCH, LR, STEPS
+from utils.learn import BATCH, LR
 from utils.report import recovered
 
 CLAIM = "Several signatures work at once."
@@ -50,7 +50,7 @@ def measure(study) -> Iterator[dict]:
         for w in (1 / n, 1.0):
             models.append((COMPOSED, run.with_patch(signatures, [w] * n, group), {"w": w}))
         for by, how in WAYS.items():
-            learnt = run.learnt(signatures, *how)
+            learnt = run.learnt(signatures, *how, study.args.learn_steps)
             weights = {c: w.tolist() for c, w in learnt.weights.items()}
             result = run.with_patch([learnt], [1.0], group)
             models.append((LEARNT, result, {"by": by, "weights": weights}))
@@ -100,9 +100,9 @@ def table(rows: list[dict], study) -> tables.Table:
     extra = extra if tables.select(rows, model=STATISTICS) else {}
     made = tables.accuracies(rows, ["signatures", "model"], _label, extra, recovers=False)
     made.note = (
-        f"keep_num {study.method.keep_num}. RA: mean over the group. Learnt weights: {STEPS} steps "
-        f"of Adam (lr {LR}) from 1/n, {BATCH} validation images in each, clean and each corruption "
-        "in equal parts."
+        f"keep_num {study.method.keep_num}. RA: mean over the group. Learnt weights: "
+        f"{study.args.learn_steps} steps of Adam (lr {LR}) from 1/n, {BATCH} validation images in each, "
+        "clean and each corruption in equal parts."
     )
     if extra:
         made.note += " MB: of the group's signature files; s: to put them on."

@@ -17,6 +17,7 @@ from utils import checkpoint as ckpt
 from utils.arguments import count, flag, number, several, switch
 from utils.engine import choose_device
 from utils.errors import InputError
+from utils.learn import STEPS
 from utils.quantize import check_levels
 from utils.signature import Method
 
@@ -36,6 +37,7 @@ class Preset:
     batch_size: int = 128
     train_images: int | None = None
     test_images: int | None = None
+    learn_steps: int = STEPS  # of weights that are learnt
     union: bool = True  # train the model of data augmentation
 
 
@@ -48,7 +50,10 @@ PRESETS = {
         bits=(8, 6, 4, 3, 2),
     ),
     "quick": Preset(3, "2", 12, SIX, every=2),
-    "smoke": Preset(*(1, "1", 1, THREE, (0, 1), (4,)), every=99, train_images=256, test_images=100),
+    "smoke": Preset(
+        *(1, "1", 1, THREE, (0, 1), (4,)),
+        **{"every": 99, "train_images": 256, "test_images": 100, "learn_steps": 2},
+    ),
     # At the paper's lr 0.01 two short epochs drive θ_c too far from θ_std for patching.
     "demo": Preset(
         *(2, "1", 4, TWO),
@@ -123,6 +128,7 @@ def resolve(args: argparse.Namespace) -> None:
     args.epochs, args.decreasing_lr = recipe(args.epochs or preset.epochs)
     args.alphas = args.alphas or list(preset.alphas)
     args.bits = args.bits or list(preset.bits)
+    args.learn_steps = preset.learn_steps
     layers = len(depth_order(args.arch))
     if args.keep_nums is None:
         args.keep_nums = sorted({*range(1, layers + 1, preset.every), args.keep_num, layers})

@@ -22,7 +22,6 @@ import train_corruption
 from models import build_model
 from tests.folders import write_folders
 from utils import checkpoint as ckpt
-from utils import learn as learning
 from utils import signature_file
 from utils.errors import InputError
 from utils.fingerprint import SignatureBank
@@ -328,7 +327,7 @@ def test_stored_signatures_choose(models, cifar, tmp_path, capsys):
 def test_learnt_weights_come_from_validation_images_and_are_kept(
     models, cifar, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(learning, "STEPS", 3)
+    monkeypatch.setattr(model_patching, "STEPS", 3)
     seen, splits, learn, load = [], [], model_patching.learn, model_patching.corrupted_set
 
     def spy(model, signatures, parts, labels, **how):

@@ -39,8 +39,7 @@ def test_the_gradient_is_that_of_finite_differences(monkeypatch, arch, labeled):
             found.append(w.grad.clone())
 
     monkeypatch.setattr(learning.torch.optim, "Adam", Spy)
-    monkeypatch.setattr(learning, "STEPS", 1)
-    how = {"per_layer": False, "statistics": running_statistics(model)}
+    how = {"per_layer": False, "steps": 1, "statistics": running_statistics(model)}
     learn(model, signatures, parts, labels if labeled else None, **how)
 
     model.double()  # ReLUs bend within steps that float32 could tell apart
@@ -68,11 +67,10 @@ def test_the_gradient_is_that_of_finite_differences(monkeypatch, arch, labeled):
     ("arch", "per_layer", "count"),
     [("vgg11", False, 1), ("vgg11", True, 2), ("resnet18", False, 1), ("resnet18", True, 9)],
 )
-def test_one_weight_per_signature_or_per_layer(monkeypatch, arch, per_layer, count):
-    monkeypatch.setattr(learning, "STEPS", 2)
+def test_one_weight_per_signature_or_per_layer(arch, per_layer, count):
     model, signatures, parts, labels = world(arch)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    how = {"per_layer": per_layer, "statistics": running_statistics(model)}
+    how = {"per_layer": per_layer, "steps": 2, "statistics": running_statistics(model)}
     composed = learn(model, signatures, parts, labels, **how)
     assert {name: len(w) for name, w in composed.weights.items()} == {"fog": count, "snow": count}
     assert composed.name == "fog+snow" and not composed.statistics
@@ -88,11 +86,10 @@ def test_one_weight_per_signature_or_per_layer(monkeypatch, arch, per_layer, cou
 
 
 def test_batches_hold_every_part_alike_and_no_image_twice(monkeypatch):
-    monkeypatch.setattr(learning, "STEPS", 3)
     monkeypatch.setattr(learning, "BATCH", 7)  # two of each of three parts
     _, _, parts, labels = world()
     seen = [[], [], []]
-    for images, wanted in learning._batches(parts, labels, torch.Generator()):
+    for images, wanted in learning._batches(parts, labels, 3, torch.Generator()):
         assert len(images) == len(wanted) == 6
         for k, (x, y) in enumerate(zip(images, wanted, strict=True)):
             (i,) = [i for i in range(6) if torch.equal(parts[k // 2][i], x)]

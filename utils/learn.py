@@ -33,6 +33,7 @@ def learn(
     *,
     per_layer: bool,
     statistics: Mapping[str, Tensor],
+    steps: int = STEPS,
     amp: bool = False,
     seed: int = 0,
 ) -> RobustWeightSignature:
@@ -63,8 +64,8 @@ def learn(
     def total() -> dict[str, Tensor]:
         return {k: torch.tensordot(w[:, i], RWS[k], 1) for k, i in place.items()}
 
-    batches = _batches(parts, labels, torch.Generator().manual_seed(seed))
-    for images, wanted in tqdm(batches, "weights", STEPS, leave=False, disable=None):
+    batches = _batches(parts, labels, steps, torch.Generator().manual_seed(seed))
+    for images, wanted in tqdm(batches, "weights", steps, leave=False, disable=None):
         patched = {k: θ[k] + delta for k, delta in total().items()} | dict(statistics)
         with torch.autocast(device.type, torch.bfloat16, amp):
             logits = functional_call(model, patched, images.to(device).float() / 255)
@@ -93,16 +94,16 @@ def _holds(signatures: Sequence[RobustWeightSignature], key: str) -> bool:
 
 
 def _batches(
-    parts: Sequence[Tensor], labels: Tensor | None, generator: torch.Generator
+    parts: Sequence[Tensor], labels: Tensor | None, steps: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """STEPS batches, as many images of each part in every one; none twice before all were there."""
+    """Batches with as many images of each part; none comes twice before all were there."""
     count = len(parts[0])
     size = min(count, max(1, BATCH // len(parts)))
-    passes = -(-STEPS * size // count)
+    passes = -(-steps * size // count)
     orders = [
         torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)]).split(size)
         for _ in parts
     ]
-    for chosen in itertools.islice(zip(*orders, strict=True), STEPS):
+    for chosen in itertools.islice(zip(*orders, strict=True), steps):
         images = [part[i.to(part.device)] for part, i in zip(parts, chosen, strict=True)]
         yield torch.cat(images), None if labels is None else labels[torch.cat(chosen)]
