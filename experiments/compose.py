@@ -101,8 +101,8 @@ def table(rows: list[dict], study) -> tables.Table:
     made = tables.accuracies(rows, ["signatures", "model"], _label, extra, recovers=False)
     made.note = (
         f"keep_num {study.method.keep_num}. RA: mean over the group. Learnt weights: "
-        f"{study.args.learn_steps} steps of Adam (lr {LR}) from 1/n, {BATCH} validation images in each, "
-        "clean and each corruption in equal parts."
+        f"{study.args.learn_steps} steps of Adam (lr {LR}) from 1/n, {BATCH} validation images in "
+        "each, clean and each corruption in equal parts."
     )
     if extra:
         made.note += " MB: of the group's signature files; s: to put them on."
