@@ -195,6 +195,23 @@ def test_resume_refuses_another_recipe_or_start(models, cifar, tmp_path):
 # ---- patching -------------------------------------------------------------------------------
 
 
+def test_what_is_read_and_what_is_generated_is_told(cifar, tmp_path, capsys):
+    (tmp_path / "test").mkdir()
+    np.save(tmp_path / "test" / "fog.npy", np.zeros((40, 32, 32, 3), np.uint8))
+    np.save(tmp_path / "test" / "labels.npy", np.repeat(np.arange(10), 4))
+    command = ("--dataset", "cifar10", "--arch", "vgg11", "--std_data", cifar, "--data", tmp_path)
+    with pytest.warns(UserWarning, match="fog is generated: .* none of train/fog.npy"):
+        train(*command, "--corruption", "fog", "snow", "--save_dir", tmp_path / "out", *QUICK)
+    printed, read = capsys.readouterr().out, tmp_path / "test" / "fog.npy"
+    assert "| RA fog (from files) | RA snow (generated) |" in printed
+    assert (
+        f"; training generated, seed 0, constants of CIFAR-10-C (32×32); test {read}; gen"
+        in printed
+    )
+    sources = json.loads((tmp_path / "out" / "results.json").read_text())["sources"]
+    assert sources["fog"] == str(read) and sources["snow"].startswith("generated")
+
+
 def test_patching_table_and_log(models, cifar, tmp_path, capsys):
     log = tmp_path / "log.pt"
     for name in ("gaussian_noise", "fog"):
