@@ -69,16 +69,15 @@ class Patching:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, self.amp)
         self.stored = sources.load_signatures(args)
         base = ckpt.read(args.base_model)
-        self.states, self.severities = sources.load_states(args, base)
-        stored = {c: s.severity or max(args.severity) for s in self.stored for c in s.corruptions}
-        self.severities |= stored
-
         clean = flags.load_images(args, args.data, "test")
-        self.source = base.get("dataset", datasets.base_name(args.dataset))  # of θ_std
         path = args.patched_model or args.base_model
         checkpoint = ckpt.read(path) if args.patched_model else base
         self.facts = flags.data_facts(args, clean)
         sources.check_facts(checkpoint, path, self.facts)
+        self.states, self.severities = sources.load_states(args, base, self.facts)
+        stored = {c: s.severity or max(args.severity) for s in self.stored for c in s.corruptions}
+        self.severities |= stored
+        self.source = base.get("dataset", datasets.base_name(args.dataset))  # of θ_std
         state = ckpt.state_dict_of(checkpoint, path, args.checkpoint_key)
         constants = ([0.0] * 3, [1.0] * 3)  # kept by a checkpoint that has its own
         if "normalize.mean" not in state:

@@ -483,6 +483,23 @@ def test_recorded_facts_are_compared_with_the_request(models, cifar, tmp_path, p
         patch(*patch_arguments((arch, tmp_path), cifar, "fog", "--keep_num", 1))
 
 
+def test_recorded_facts_are_compared_where_only_one_model_has_them(models, cifar, tmp_path):
+    arch, folder = models
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    torch.save(ckpt.read_state_dict(folder / STANDARD), tmp_path / STANDARD)  # of anybody
+    command = patch_arguments((arch, tmp_path), cifar, "fog", "--keep_num", 1)
+    patch(*command, "--save_signature", tmp_path / "rws")
+    changed(tmp_path, FOG, side=48)
+    with pytest.raises(InputError, match=r"RA_best.*: trained with side 48, .* must be 32$"):
+        patch(*command)
+    known = command[: command.index("--corruption_model_root")]
+    known += ("--signature", tmp_path / "rws" / "fog.rws", "--base_model")
+    with pytest.warns(UserWarning, match=r"fog\.rws was trained at severity 5, --severity is 1 2"):
+        patch(*known, tmp_path / STANDARD, "--severity", 1, 2)
+    with pytest.raises(InputError, match=r"RA_best.* with corruption \['fog'\], .* must be \[\]$"):
+        patch(*known, folder / FOG)
+
+
 def test_older_files_and_what_is_only_told(models, cifar, tmp_path):
     arch, folder = models
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
