@@ -301,9 +301,11 @@ def run(args: argparse.Namespace) -> dict:
     own = [label for name in args.corruption for label in run.labels[name]]
     chooser = SignatureBank(run.stored, args.signature) if args.choose else None
     print_header(run)
+    if args.baseline_log:
+        baseline = log.read(Path(args.baseline_log), "--baseline_log")["std"]["robust"]
+        report.mean_corruption_error(baseline, baseline, run.labels)  # says what it lacks
     standard = {"model": "standard", **run.standard(every)}
     rows, robust = [standard], upper_bound(run)
-    baseline = log.read(Path(args.baseline_log))["std"]["robust"] if args.baseline_log else None
     if chooser:
         chosen, robust = bank.rows(run, chooser)
         rows.append(chosen)
@@ -328,7 +330,7 @@ def run(args: argparse.Namespace) -> dict:
                     ckpt.save_model(model, args.save_model, facts)
     rows += [robust] if robust else []
     report.add_means(rows, own, bound=robust, mixed=chooser is not None)
-    for row in rows if baseline else ():
+    for row in rows if args.baseline_log else ():
         row["mCE"] = report.mean_corruption_error(row["RA"], baseline, run.labels)
     print(report.patching_table(rows, own, run.sources))
     report.warn_below_chance(rows, len(run.sets["clean"].classes))

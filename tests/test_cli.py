@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -419,7 +420,7 @@ def test_published_corrupted_set_is_read(models, cifar, tmp_path, capsys):
 def test_all_severities_in_one_run(models, cifar, tmp_path, capsys):
     """As one run for each, and mCE by its definition (Hendrycks & Dietterich, 2019)."""
     both = patch_arguments(models, cifar, "fog", "gaussian_noise", "--keep_num", 1)
-    log = tmp_path / "log.pt"
+    log, standard = tmp_path / "log.pt", models[1] / "standard" / "model_SA_best.pth.tar"
     rows = patch(*both, "--severity", 5, 3, "--save_log", log)["rows"]
     for s in (3, 5):
         with warnings.catch_warnings():
@@ -440,8 +441,11 @@ def test_all_severities_in_one_run(models, cifar, tmp_path, capsys):
             for c in ("fog", "gaussian_noise")
         }
         assert row["mCE"] == pytest.approx(50 * sum(errors.values()))
-    with pytest.raises(InputError, match="--baseline_log: no RA of fog, gaussian_noise; measure"):
-        patch(*both, "--baseline_log", log)
+    with mock.patch.object(model_patching, "evaluate") as measuring:
+        for file, said in ((log, ": no RA of fog, gaussian_noise; measure"), (standard, ".*a log")):
+            with pytest.raises(InputError, match=f"--baseline_log{said}"):
+                patch(*both, "--baseline_log", file)
+    assert not measuring.called
 
 
 def test_signature_keeps_the_severity_it_was_trained_at(models, cifar, tmp_path):
