@@ -150,6 +150,8 @@ PATCH = [
     ("--keep_num 0", r"--keep_num 0: must be at least 1"),
     ("--keep_num 99", r"--keep_num 99: resnet18 has"),
     ("--alpha=-inf", r"--alpha -inf: must be finite"),
+    ("--alpha -inf", r"--alpha -inf: must be finite"),
+    ("--alpha -1e-1 --choose 1", r"--choose needs a bank"),
     ("--alpha nan", r"--alpha .*finite"),
     ("--finetune_alpha 1 2", r"--finetune_alpha has 2 values for 1 signatures"),
     ("--corruption fog snow --finetune_alpha 1", r"--finetune_alpha has 1 values for 2"),
