@@ -66,6 +66,8 @@ def check(args: Namespace) -> None:
     """Raise InputError for flags that ask for others."""
     if args.dataset.endswith("-c") and not args.corruption:
         raise InputError(f"--dataset {args.dataset} is a corrupted set: name a --corruption")
+    if args.data and args.std_data and not args.corruption:
+        raise InputError(f"--std_data {args.std_data}: beside --data it asks for a --corruption")
     if args.resample_corruption and not args.corruption:
         raise InputError("--resample_corruption draws a --corruption anew; name one")
     if arguments.pretrained_source(args) is None and args.keep_head:
