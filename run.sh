@@ -41,6 +41,7 @@ require() { "$python" -m pip install --quiet --disable-pip-version-check -r "$he
 
 case $command in
     demo)
+        echo "demo: patching on the embedded data set; checking the packages"
         require requirements.txt
         cd "$here"
         exec "$python" reproduce.py demo "$@" ;;

@@ -75,13 +75,25 @@ def measure(
                 choices.append(bank.choose(batch, n))
             choices = torch.stack(choices)
             right += bank.right(model, batch, labels, choices).sum(1)
-            corruption = (choices + SEVERITIES - 1) // SEVERITIES
-            named += one_hot(corruption, len(bank.corruptions)).sum(1)
+            named += one_hot(_corruption(choices), len(bank.corruptions)).sum(1)
         for way, r, shares in zip(found, right.tolist(), named.tolist(), strict=True):
             way["RA"][part] = 100 * r / len(images)
             each = (100 * count / len(images) for count in shares)
             way["named"][part] = dict(zip(bank.corruptions, each, strict=True))
     return found
+
+
+def named(bank: SignatureBank, images: ImageSet, device: torch.device) -> dict[str, float]:
+    """The percent of `images`, one at a time, that are given to each corruption."""
+    batches = evaluation_batches(images, device, _AT_ONCE)
+    choices = torch.cat([bank.choose(batch) for batch, _ in batches])
+    counts = _corruption(choices).bincount(minlength=len(bank.corruptions)).tolist()
+    return {c: 100 * n / len(images) for c, n in zip(bank.corruptions, counts, strict=True)}
+
+
+def _corruption(choices: Tensor) -> Tensor:
+    """Indices into `SignatureBank.corruptions`."""
+    return (choices + SEVERITIES - 1) // SEVERITIES
 
 
 def of_family(named: Mapping[str, float], name: str) -> float:

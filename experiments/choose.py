@@ -3,6 +3,8 @@
 One, 4 or 16 images at a time are given to a corruption of the bank, or to none; beside the standard
 model, the oracle (who knows each image's corruption and patches with its own signature at α = 1)
 and a model trained on all, where there is one. Strengths and margins are set on validation images.
+Further, on fewer images: lower severities; each corruption with its signature left out of the bank;
+what is named on a second data set, by the fingerprints of the first.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 
 from datasets import bank
+from datasets.flags import load_images
 from datasets.images import spaced
 from experiments import plots, tables
 from experiments.tables import FAILS, HOLDS, PARTLY, STANDARD, UNION, graded
@@ -27,7 +30,7 @@ RULE = (
 CHOSEN = "chosen"  # with the number of images "together"
 ORACLE = "oracle"
 NUMBERS = (1, 4, 16)
-FEW = 500  # test images of the curve over severities
+FEW = 1000  # test images for what goes beyond the table
 
 
 def jobs(study) -> list:
@@ -65,12 +68,31 @@ def measure(study) -> Iterator[dict]:
         yield from (study.row(run, name, model, result) for name in names)
     few = spaced(run.sets["clean"].to("cpu"), FEW)
     for severity in range(1, SEVERITIES + 1):
-        sets = {c: run.corrupted(few, c, "test", severity) for c in names}
-        with run.autocast:  # with a margin that is infinite none is chosen
-            both = bank.measure(chooser, run.target, sets, [ways[0], (1, math.inf)])
-        for model, one in zip((CHOSEN, STANDARD), both, strict=True):
-            told = {"model": model, "severity": severity, "value": fmean(one["RA"].values())}
+        for model, ra in _beside_standard(run, chooser, ways, few, names, severity):
+            told = {"model": model, "severity": severity, "value": fmean(ra.values())}
             yield {"seed": run.args.seed, **told}
+    for i, name in enumerate(names if len(names) > 1 else ()):
+        rest = SignatureBank(chooser.signatures[:i] + chooser.signatures[i + 1 :])
+        with run.autocast:
+            its = bank.calibrated(rest, run.target, run.validation, [1])
+        for model, ra in _beside_standard(run, rest, its, few, [name], run.args.severity[0]):
+            yield {"seed": run.args.seed, "model": model, "left_out": name, "value": ra[name]}
+    if study.target:
+        args, where = study.target.args, {"seed": run.args.seed, "set": study.target.data_name}
+        few = spaced(load_images(args, args.data, "test"), FEW)
+        chooser.margin = ways[0][1]
+        for a in names if tuple(few.images.shape[2:]) == chooser.size else ():
+            images = run.corrupted(few, a, "test", run.args.severity[0])
+            for b, share in bank.named(chooser, images, run.device).items():
+                yield {**where, "a": a, "b": b, "value": share / 100}
+
+
+def _beside_standard(run, chooser, ways, few, names, severity) -> Iterator[tuple[str, dict]]:
+    """RA under each of `names` where images choose, one at a time, and of the standard model."""
+    sets = {c: run.corrupted(few, c, "test", severity) for c in names}
+    with run.autocast:  # with a margin that is infinite none is chosen
+        both = bank.measure(chooser, run.target, sets, [ways[0], (1, math.inf)])
+    yield from ((model, one["RA"]) for model, one in zip((CHOSEN, STANDARD), both, strict=True))
 
 
 def _label(row: dict) -> tuple[str]:
@@ -90,15 +112,34 @@ def table(rows: list[dict], study) -> tables.Table:
     made = tables.accuracies(_accuracies(rows), label=_label, extra=extra, recovers=False)
     made.note = (
         f"keep_num {study.method.keep_num}. Oracle: each corruption under its own signature, clean "
-        "images under none. Strengths and margins from validation images. The curve over "
-        f"severities is of {FEW} test images at most."
+        "images under none. Strengths and margins from validation images. On "
+        f"{FEW:,} test images at most, one at a time: {'; '.join(['severities', *further(rows)])}."
     )
     return made
 
 
+def further(rows: list[dict]) -> Iterator[str]:
+    """What the rows say beyond the table, in words."""
+    left_out = [row for row in rows if "left_out" in row]
+    if left_out:
+        ra = {(row["model"], row["left_out"]): row["value"] for row in left_out}
+        each = [f"{c} {ra[CHOSEN, c]:.1f} ({ra[STANDARD, c]:.1f})" for m, c in ra if m == CHOSEN]
+        yield f"RA under what the bank lacks (standard model): {', '.join(each)}"
+    for name in dict.fromkeys(row["set"] for row in rows if "set" in row):
+        of = [row for row in rows if row.get("set") == name]
+        under = {
+            a: {row["b"]: 100 * row["value"] for row in each}
+            for (a,), each in tables.grouped(of, lambda row: (row["a"],)).items()
+        }
+        right = fmean(named.get(a, 0) for a, named in under.items())
+        family = fmean(bank.of_family(named, a) for a, named in under.items())
+        told = f"named right {right:.0f} %, family right {family:.0f} %"
+        yield f"on {name}, by the same fingerprints, {told}"
+
+
 def figure(rows: list[dict], path: Path) -> None:
     plots.accuracy_bars(_accuracies(rows), path, _label)
-    one = [row for row in rows if "a" in row]
+    one = [row for row in rows if "a" in row and "set" not in row]
     axes = "named, one image at a time", "images under"
     place = path.with_name(f"{path.stem}_confusion.png")
     plots.heat_map(*tables.pivot(one, "a", "b"), place, axes[::-1], label="share of images")

@@ -97,7 +97,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     names = "pretrain_classes pretrain_epochs preset seeds repeat_corruptions devices list"
     arguments.add(models, names, FLAGS)
     arguments.add(models, "epochs lr batch_size", default=None)
-    target = parser.add_argument_group("second data set (consistency, transfer)")
+    target = parser.add_argument_group("second data set (consistency, transfer, choose)")
     second = {"prefix": "target_", "default": None}
     arguments.add(target, "dataset data image_size classes", flags.FLAGS, **second)
     arguments.add(target, "epochs", **second)

@@ -6,7 +6,7 @@ import pytest
 
 from experiments import EXPERIMENTS, report, tables
 from experiments.alpha import TAKEN_OFF
-from experiments.choose import CHOSEN, ORACLE
+from experiments.choose import CHOSEN, ORACLE, further
 from experiments.compose import COMPOSED, LEARNT
 from experiments.layers import CONTROL
 from experiments.tables import (
@@ -183,6 +183,24 @@ def test_choose(ra, ta, verdict):
     assert got == verdict and f"{(ra - 50) * 5} % of the oracle" in words
     assert "named right one at a time 80 %" in words and "at 1 of 2 severities" in words
     assert judge("choose", [*rows[:3], row(ORACLE, 40), *curve])[0] == FAILS
+
+
+def test_what_choose_says_beyond_its_table():
+    left_out = [
+        {"model": model, "left_out": name, "value": value}
+        for name, values in (("fog", (51.0, 40.0)), ("snow", (38.0, 39.0)))
+        for model, value in zip((CHOSEN, STANDARD), values, strict=True)
+    ]
+    shares = {"fog": {"fog": 0.9, "snow": 0.1}, "shot_noise": {"gaussian_noise": 0.5, "fog": 0.5}}
+    named = [
+        {"set": "other", "a": a, "b": b, "value": share}
+        for a, of in shares.items()
+        for b, share in of.items()
+    ]
+    assert list(further([{"a": "fog", "b": "fog", "value": 1.0}, *left_out, *named])) == [
+        "RA under what the bank lacks (standard model): fog 51.0 (40.0), snow 38.0 (39.0)",
+        "on other, by the same fingerprints, named right 45 %, family right 75 %",
+    ]
 
 
 # ---- tables ---------------------------------------------------------------------------------

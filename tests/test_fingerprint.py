@@ -271,6 +271,9 @@ def test_measured_on_sets_and_fingerprinted(model, signatures):
                 share = 100 * (named == c).float().mean().item()
                 assert one["named"][name][other] == pytest.approx(share)
     assert found[2]["named"][NAMES[0]]["clean"] == 100
+    bank.margin = ways[0][1]
+    alone = on_data.named(bank, sets[NAMES[0]], torch.device("cpu"))
+    assert alone == pytest.approx(found[0]["named"][NAMES[0]])
     assert min(on_data.seconds(bank, model, sets, 4)) > 0
     val = synthetic.load("val").subset(range(40))
     made = on_data.fingerprinted(signatures[0], model, val, Copies(root="nowhere", seed=3))
