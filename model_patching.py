@@ -69,16 +69,15 @@ class Patching:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, self.amp)
         self.stored = sources.load_signatures(args)
         base = ckpt.read(args.base_model)
-        self.states, self.severities = sources.load_states(args, base)
-        stored = {c: s.severity or max(args.severity) for s in self.stored for c in s.corruptions}
-        self.severities |= stored
-
         clean = flags.load_images(args, args.data, "test")
-        self.source = base.get("dataset", datasets.base_name(args.dataset))  # of θ_std
         path = args.patched_model or args.base_model
         checkpoint = ckpt.read(path) if args.patched_model else base
         self.facts = flags.data_facts(args, clean)
         sources.check_facts(checkpoint, path, self.facts)
+        self.states, self.severities = sources.load_states(args, base, self.facts)
+        stored = {c: s.severity or max(args.severity) for s in self.stored for c in s.corruptions}
+        self.severities |= stored
+        self.source = base.get("dataset", datasets.base_name(args.dataset))  # of θ_std
         state = ckpt.state_dict_of(checkpoint, path, args.checkpoint_key)
         constants = ([0.0] * 3, [1.0] * 3)  # kept by a checkpoint that has its own
         if "normalize.mean" not in state:
@@ -302,9 +301,11 @@ def run(args: argparse.Namespace) -> dict:
     own = [label for name in args.corruption for label in run.labels[name]]
     chooser = SignatureBank(run.stored, args.signature) if args.choose else None
     print_header(run)
+    if args.baseline_log:
+        baseline = log.read(Path(args.baseline_log), "--baseline_log")["std"]["robust"]
+        report.mean_corruption_error(baseline, baseline, run.labels)  # says what it lacks
     standard = {"model": "standard", **run.standard(every)}
     rows, robust = [standard], upper_bound(run)
-    baseline = log.read(Path(args.baseline_log))["std"]["robust"] if args.baseline_log else None
     if chooser:
         chosen, robust = bank.rows(run, chooser)
         rows.append(chosen)
@@ -329,7 +330,7 @@ def run(args: argparse.Namespace) -> dict:
                     ckpt.save_model(model, args.save_model, facts)
     rows += [robust] if robust else []
     report.add_means(rows, own, bound=robust, mixed=chooser is not None)
-    for row in rows if baseline else ():
+    for row in rows if args.baseline_log else ():
         row["mCE"] = report.mean_corruption_error(row["RA"], baseline, run.labels)
     print(report.patching_table(rows, own, run.sources))
     report.warn_below_chance(rows, len(run.sets["clean"].classes))

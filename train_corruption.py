@@ -66,6 +66,8 @@ def check(args: Namespace) -> None:
     """Raise InputError for flags that ask for others."""
     if args.dataset.endswith("-c") and not args.corruption:
         raise InputError(f"--dataset {args.dataset} is a corrupted set: name a --corruption")
+    if args.data and args.std_data and not args.corruption:
+        raise InputError(f"--std_data {args.std_data}: beside --data it asks for a --corruption")
     if args.resample_corruption and not args.corruption:
         raise InputError("--resample_corruption draws a --corruption anew; name one")
     if arguments.pretrained_source(args) is None and args.keep_head:
@@ -187,11 +189,12 @@ def fine_tune(args: Namespace, folder: Path) -> dict:
         options["resample"] = redraw(args, clean, device)
     options |= {"device": device, "rank": distributed.rank(), "ranks": distributed.ranks()}
     loader = BatchLoader(images, args.batch_size, **options)
-    clean_print, data_print, source = fingerprint(clean), fingerprint(images), images.source
+    clean_print, data_print = fingerprint(clean), fingerprint(images)
+    sources = {"train": images.source, **{name: part.source for name, part in test.items()}}
     known = flags.data_facts(args, clean)
     check_images(args, loader)
     sets = {"train": images, "val": val["clean"], "test": test["clean"]}
-    print_header(args, sets, pretrained_hash, loader, amp)
+    print_header(args, sets, sources, pretrained_hash, loader, amp)
     del clean, images, sets  # all but what the loader keeps
 
     model = distributed.synchronized(engine.to_device(model, device, amp))
@@ -246,15 +249,14 @@ def fine_tune(args: Namespace, folder: Path) -> dict:
     for_test = {name: evaluation_batches(part, device) for name, part in test.items()}
     ta, ras = accuracies(model, for_test, amp, "test")
     result = {"model": path.name, "epoch": chosen["epoch"], "TA": ta, "RA": ras}
-    sources = {"train": source, **{name: part.source for name, part in test.items()}}
     result |= {"sources": sources, "history": progress["history"], "arguments": vars(args)}
     result |= {"data": data_print}
     result |= report.provenance(device)
     if distributed.rank() == 0:
         report.write_json(folder / "results.json", result)
     row = [f"{path.name} (epoch {chosen['epoch']})", ta, *ras.values()]
-    print()
-    print(report.markdown_table(["test accuracy, %", "TA", *(f"RA {c}" for c in ras)], [row]))
+    columns = ["test accuracy, %", "TA", *(f"RA {c} ({report.origin([c], sources)})" for c in ras)]
+    print(f"\n{report.markdown_table(columns, [row])}")
     return result
 
 
@@ -322,7 +324,12 @@ def remove_earlier(folder: Path, everything: bool) -> None:
 
 
 def print_header(
-    args: Namespace, sets: dict[str, ImageSet], start: str | None, loader: BatchLoader, amp: bool
+    args: Namespace,
+    sets: Mapping[str, ImageSet],
+    sources: Mapping[str, str],
+    start: str | None,
+    loader: BatchLoader,
+    amp: bool,
 ) -> None:
     """Say what is about to be trained, on what, and how; `start`: hash of pretrained weights."""
     images = sets["train"]
@@ -332,8 +339,9 @@ def print_header(
     size = f"{height}×{width}, {len(images.classes)} classes"
     facts = {"model": f"{args.arch}, {kind}", "data": f"{images.name}, {size}: {counts}"}
     if args.corruption:
-        source = images.source + ", drawn anew in every epoch" * args.resample_corruption
-        facts["corrupted"] = f"severity {args.severity}, {source}"
+        for_training = sources["train"] + ", drawn anew in every epoch" * args.resample_corruption
+        for_test = "; ".join(dict.fromkeys(sources[c] for c in args.corruption))
+        facts["corrupted"] = f"severity {args.severity}; training {for_training}; test {for_test}"
     how = [report.device_name(loader.device), engine.arithmetic(loader.device, amp, args.amp)]
     how += [name for name in ("compile", "deterministic") if getattr(args, name)]
     how += [f"{loader.ranks} processes"] if loader.ranks > 1 else []

@@ -96,7 +96,14 @@ def test_forms_of_batches(model):
     set_of = images(16, 1).images
     mean, var = first_layer_statistics(model, [[(part / 255, None)] for part in set_of.split(8)])
     pairs = [(part / 255, None) for part in set_of.split(8)]
-    for form in (pairs, [pairs], set_of.split(8), [[part / 255 for part in set_of.split(8)]]):
+    whole = set_of.long().split(8)
+    for form in (
+        pairs,
+        [pairs],
+        set_of.split(8),
+        whole,
+        [[part / 255 for part in set_of.split(8)]],
+    ):
         reestimate(model, form)
         torch.testing.assert_close(model.bn1.running_mean, mean, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(model.bn1.running_var, var, atol=1e-5, rtol=1e-4)

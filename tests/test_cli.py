@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -192,6 +193,23 @@ def test_resume_refuses_another_recipe_or_start(models, cifar, tmp_path):
 
 
 # ---- patching -------------------------------------------------------------------------------
+
+
+def test_what_is_read_and_what_is_generated_is_told(cifar, tmp_path, capsys):
+    (tmp_path / "test").mkdir()
+    np.save(tmp_path / "test" / "fog.npy", np.zeros((40, 32, 32, 3), np.uint8))
+    np.save(tmp_path / "test" / "labels.npy", np.repeat(np.arange(10), 4))
+    command = ("--dataset", "cifar10", "--arch", "vgg11", "--std_data", cifar, "--data", tmp_path)
+    with pytest.warns(UserWarning, match="fog is generated: .* none of train/fog.npy"):
+        train(*command, "--corruption", "fog", "snow", "--save_dir", tmp_path / "out", *QUICK)
+    printed, read = capsys.readouterr().out, tmp_path / "test" / "fog.npy"
+    assert "| RA fog (from files) | RA snow (generated) |" in printed
+    assert (
+        f"; training generated, seed 0, constants of CIFAR-10-C (32×32); test {read}; gen"
+        in printed
+    )
+    sources = json.loads((tmp_path / "out" / "results.json").read_text())["sources"]
+    assert sources["fog"] == str(read) and sources["snow"].startswith("generated")
 
 
 def test_patching_table_and_log(models, cifar, tmp_path, capsys):
@@ -401,7 +419,7 @@ def test_published_corrupted_set_is_read(models, cifar, tmp_path, capsys):
 def test_all_severities_in_one_run(models, cifar, tmp_path, capsys):
     """As one run for each, and mCE by its definition (Hendrycks & Dietterich, 2019)."""
     both = patch_arguments(models, cifar, "fog", "gaussian_noise", "--keep_num", 1)
-    log = tmp_path / "log.pt"
+    log, standard = tmp_path / "log.pt", models[1] / "standard" / "model_SA_best.pth.tar"
     rows = patch(*both, "--severity", 5, 3, "--save_log", log)["rows"]
     for s in (3, 5):
         with warnings.catch_warnings():
@@ -422,8 +440,11 @@ def test_all_severities_in_one_run(models, cifar, tmp_path, capsys):
             for c in ("fog", "gaussian_noise")
         }
         assert row["mCE"] == pytest.approx(50 * sum(errors.values()))
-    with pytest.raises(InputError, match="--baseline_log: no RA of fog, gaussian_noise; measure"):
-        patch(*both, "--baseline_log", log)
+    with mock.patch.object(model_patching, "evaluate") as measuring:
+        for file, said in ((log, ": no RA of fog, gaussian_noise; measure"), (standard, ".*a log")):
+            with pytest.raises(InputError, match=f"--baseline_log{said}"):
+                patch(*both, "--baseline_log", file)
+    assert not measuring.called
 
 
 def test_signature_keeps_the_severity_it_was_trained_at(models, cifar, tmp_path):
@@ -463,6 +484,23 @@ def test_recorded_facts_are_compared_with_the_request(models, cifar, tmp_path, p
     changed(tmp_path, place, **facts)
     with pytest.raises(InputError, match=rf"{Path(place).name}: trained {said}$"):
         patch(*patch_arguments((arch, tmp_path), cifar, "fog", "--keep_num", 1))
+
+
+def test_recorded_facts_are_compared_where_only_one_model_has_them(models, cifar, tmp_path):
+    arch, folder = models
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    torch.save(ckpt.read_state_dict(folder / STANDARD), tmp_path / STANDARD)  # of anybody
+    command = patch_arguments((arch, tmp_path), cifar, "fog", "--keep_num", 1)
+    patch(*command, "--save_signature", tmp_path / "rws")
+    changed(tmp_path, FOG, side=48)
+    with pytest.raises(InputError, match=r"RA_best.*: trained with side 48, .* must be 32$"):
+        patch(*command)
+    known = command[: command.index("--corruption_model_root")]
+    known += ("--signature", tmp_path / "rws" / "fog.rws", "--base_model")
+    with pytest.warns(UserWarning, match=r"fog\.rws was trained at severity 5, --severity is 1 2"):
+        patch(*known, tmp_path / STANDARD, "--severity", 1, 2)
+    with pytest.raises(InputError, match=r"RA_best.* with corruption \['fog'\], .* must be \[\]$"):
+        patch(*known, folder / FOG)
 
 
 def test_older_files_and_what_is_only_told(models, cifar, tmp_path):

@@ -74,6 +74,14 @@ def test_replaces_only_on_success(tmp_path):
     assert names(tmp_path) == ["deep", "deep/a.txt"]
 
 
+def test_a_device_is_not_replaced(tmp_path, monkeypatch):
+    path = tmp_path / "null"  # a real one would be lost where this fails
+    monkeypatch.setattr(Path, "is_char_device", lambda self: self == path)
+    with pytest.raises(InputError, match="null: a device, name a file"):
+        write_text(path, "")
+    assert not names(tmp_path)
+
+
 def test_permissions_are_the_usual_ones(tmp_path):
     before = os.umask(0o027)
     try:

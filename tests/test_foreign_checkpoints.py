@@ -203,7 +203,8 @@ def test_an_unzipped_checkpoint(tmp_path):
 
 def test_code_is_refused_with_the_two_lines_that_save_the_weights(tmp_path):
     model = nn.Sequential(nn.Linear(2, 2))
-    for content in (model, {"state_dict": model.state_dict(), "criterion": nn.CrossEntropyLoss()}):
+    state = model.state_dict()
+    for content in (model, {"model": model, "epoch": 3}, {"net": state, "loss": nn.L1Loss()}):
         path = written(tmp_path, content)
         with pytest.raises(InputError, match="holds code") as refused:
             ckpt.read(path)

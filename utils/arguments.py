@@ -35,6 +35,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None = None, **options: object) -> None:
         options |= {"formatter_class": Formatter, "allow_abbrev": False}
         super().__init__(description=description, **options)
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf)")  # until 3.13 without 1e-3
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         args = sys.argv[1:] if args is None else args

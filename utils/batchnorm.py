@@ -71,7 +71,7 @@ def reestimate(
     """Replace the running statistics of `model`, in place, by those of the batches in `loaders`.
 
     `loaders` are passed over one after the other into one running average (one per corruption); one
-    loader alone is taken, too. A batch is images, or (images, labels): float in [0, 1], or uint8.
+    loader alone is taken, too. A batch is images, or (images, labels): float in [0, 1], or 0 … 255.
     `strength` is a = min(1, Σ w_c), 0 … 1; at 0 nothing is read and nothing changes.
     Parameters are not touched and the model's mode is left as it was.
     Raises InputError where there are no batches of images; the statistics are then as before.
@@ -95,7 +95,7 @@ def reestimate(
             batches = [loader] if _is_batch(loader) else loader  # `loaders` is one loader
             for batch in tqdm(batches, desc="batch-norm statistics", disable=None, leave=False):
                 images = (batch if isinstance(batch, Tensor) else batch[0]).to(device)
-                if images.dtype == torch.uint8:
+                if not images.is_floating_point():
                     images = images.float() / 255
                 for layer in layers:
                     layer.momentum = len(images) / (seen + len(images))

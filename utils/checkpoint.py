@@ -271,22 +271,13 @@ def describe(path: str | os.PathLike, key: str | None = None) -> str:
     }
     if arch and (bias := state.get(f"{head_prefix(arch)}bias")) is not None:
         lines["head"] = f"{len(bias)} classes"
-    lines["normalize"] = normalization_words(state)
+    constants = {k: v.flatten().tolist() for k, v in state.items() if k.startswith("normalize.")}
+    told = [f"{k[10:]} {' '.join(f'{v:.4f}' for v in of)}" for k, of in constants.items()]
+    lines["normalize"] = ", ".join(told) or "not in it"
     lines |= {name: fact for name, fact in facts(content).items() if name not in lines}
     rest = [str(k) for k in content if k not in lines and not isinstance(content[k], Tensor)]
     lines["entries"] = ", ".join(rest)
     return "\n".join(f"{name:<16} {said}" for name, said in lines.items() if said not in (None, ""))
-
-
-def normalization_words(state: Mapping[str, Tensor]) -> str:
-    """The constants that a model normalizes images in [0, 1] by, in words."""
-    if "normalize.mean" not in state:
-        return "not in it"
-    told = (
-        f"{name} {' '.join(f'{v:.4f}' for v in state[f'normalize.{name}'].flatten().tolist())}"
-        for name in ("mean", "std")
-    )
-    return ", ".join(told)
 
 
 def torchvision_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

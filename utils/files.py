@@ -37,6 +37,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     temporary = path.parent / f".{path.name}.tmp{path.suffix}"  # savers go by the suffix
     with _refusals_of(path):
+        if path.is_char_device():  # as /dev/null, whose place root's file would take
+            raise InputError(f"cannot write {path}: a device, name a file")
         file, _ = _open_locked(temporary)
         with file:
             try:

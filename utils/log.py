@@ -16,13 +16,13 @@ from utils.files import hold
 KINDS = ("std", "patched")
 
 
-def read(path: Path) -> dict:
+def read(path: Path, flag: str = "--save_log") -> dict:
     """The log at `path`, empty where there is none; InputError for anything else in the file."""
     if not path.exists():
         return {kind: {"clean": [], "robust": {}} for kind in KINDS}
     log = checkpoint.read(path, "log")
     if not all(_is_entry(log.get(kind)) for kind in KINDS):
-        raise InputError(f"--save_log {path}: holds something else than a log of this script")
+        raise InputError(f"{flag} {path}: holds something else than a log of this script")
     return log
 
 

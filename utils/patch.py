@@ -92,13 +92,8 @@ def _inside(model: nn.Module) -> nn.Module:
     In any nesting; of an averaged model it is the average.
     """
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
-    while True:
-        if isinstance(model, wrappers):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._orig_mod
-        else:
-            return model
+    name = "module" if isinstance(model, wrappers) else "_orig_mod"
+    return _inside(model._modules[name]) if name in model._modules else model
 
 
 def patch(model: nn.Module, signature: RobustWeightSignature, alpha: float = 1.0) -> Patch:

@@ -129,9 +129,9 @@ def patching_table(rows: Sequence[dict], own: Sequence[str], sources: Mapping[st
     sources: where the images of each corruption come from, which each column of RA says in short.
     """
     count = len(rows[0]["RA"])
-    extra = [f"RA all {count} ({_origin(rows[0]['RA'], sources)}), %"] if count > len(own) else []
+    extra = [f"RA all {count} ({origin(rows[0]['RA'], sources)}), %"] if count > len(own) else []
     extra += ["clean and these mixed, %"] if "mixture" in rows[0] else []
-    single = [f"RA {c} ({_origin([c], sources)}), %" for c in own]
+    single = [f"RA {c} ({origin([c], sources)}), %" for c in own]
     mce = ["mCE, %"] if "mCE" in rows[0] else []
     columns = ["model", "TA, %", *single, "RA mean, %", *extra, *mce]
     lines = []
@@ -143,7 +143,8 @@ def patching_table(rows: Sequence[dict], own: Sequence[str], sources: Mapping[st
     return markdown_table([*columns, "recovered, %"], lines)
 
 
-def _origin(names: Collection[str], sources: Mapping[str, str]) -> str:
+def origin(names: Collection[str], sources: Mapping[str, str]) -> str:
+    """In short, whether the images of `names` were generated, by their `sources` in words."""
     made = sum(sources[name].startswith("generated") for name in names)
     if made in (0, len(names)):
         return "generated" if made else "from files"

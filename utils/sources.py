@@ -150,20 +150,28 @@ def check_facts(checkpoint: Mapping, path: str | Path, wanted: Mapping) -> None:
         raise InputError(f"{path}: trained with {name} {theirs}, but here it must be {ours}")
 
 
+def check_severity(args: argparse.Namespace, path: str | Path, severity: int | None) -> None:
+    """Warn where the severity of the images that made the model or signature is not asked for."""
+    if severity not in (None, *args.severity):
+        said = f"{path} was trained at severity {severity}, --severity is"
+        warnings.warn(f"{said} {' '.join(map(str, args.severity))}", stacklevel=2)
+
+
 def load_states(
-    args: argparse.Namespace, base: Mapping
+    args: argparse.Namespace, base: Mapping, facts: Mapping
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
     """θ_pre, θ_std and every θ_c as float32 state dicts; with --signature only the θ_c given.
 
-    base: what --base_model holds. Also the severity that each θ_c says it was trained at (the
-    highest --severity where it says nothing). Raises InputError for models of several data sets.
+    base: what --base_model holds; facts: of the clean data. Also the severity that each θ_c says
+    it was trained at (the highest --severity where it says nothing). Raises InputError for a
+    robust --base_model, and for θ_c of other data than θ_std.
     """
     states, severities = {}, {}
-    known, key = ckpt.facts(base), args.checkpoint_key
-    like = {f: known[f] for f in ("dataset", "side", "classes", "class_names") if f in known}
+    known, key = ckpt.facts(base) if args.patched_model else facts, args.checkpoint_key
+    like = {name: known[name] for name in facts if name in known}
+    check_facts(base, args.base_model, {"corruption": []})
     if not args.signature:
         source = arguments.pretrained_source(args)
-        check_facts(base, args.base_model, {"corruption": []})
         states["pretrained"] = ckpt.pretrained_state_dict(source, args.arch, key)
         states["standard"] = ckpt.state_dict_of(base, args.base_model, key)
         for path, state in zip((source, args.base_model), states.values(), strict=True):
@@ -178,9 +186,7 @@ def load_states(
         states[name] = ckpt.state_dict_of(checkpoint, path, key)
         severity = checkpoint.get("severity")
         severities[name] = severity if severity in range(1, 6) else max(args.severity)
-        if severities[name] not in args.severity:
-            said = f"{path} was trained at severity {severity}, --severity is"
-            warnings.warn(f"{said} {' '.join(map(str, args.severity))}", stacklevel=2)
+        check_severity(args, path, severities[name])
         lineage = checkpoint.get("pretrained_hash")
         if lineage and not args.signature and lineage != pretrained_hash:
             warnings.warn(f"{path} was not fine-tuned from {source}", stacklevel=2)
@@ -195,6 +201,7 @@ def load_signatures(args: argparse.Namespace) -> list[RobustWeightSignature]:
     for path, signature in zip(args.signature, signatures, strict=True):
         if signature.arch != args.arch:
             raise InputError(f"{path}: a signature of {signature.arch}, but --arch is {args.arch}")
+        check_severity(args, path, signature.severity)
         if not signature.corruptions:
             raise InputError(f"--signature {path}: against which corruption it is, it doesn't say")
     if signatures:

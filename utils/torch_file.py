@@ -25,7 +25,9 @@ CODE = "was not opened, it holds code"
 # Two lines for the person who knows where the file is from; told, never run.
 SAVE_ANEW = (
     "c = torch.load({path!r}, map_location='cpu', weights_only=False)",
-    "torch.save(c.state_dict() if hasattr(c, 'state_dict') else c['state_dict'], {new!r})",
+    "torch.save({{k: v.state_dict() if hasattr(v, 'state_dict') else v for k, v in "
+    "(c if isinstance(c, dict) else {{'model': c}}).items() "
+    "if hasattr(v, 'state_dict') or isinstance(v, (dict, torch.Tensor))}}, {new!r})",
 )
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7-Zip"}
 
