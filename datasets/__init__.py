@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from datasets import cifar, image_folder, synthetic, tiny_imagenet
@@ -60,6 +61,8 @@ def load(
         check_split(split)
         if root is None:
             raise InputError(f"--dataset {base} needs its folder: give --data")
+        if os.path.isfile(root):
+            raise InputError(f"--data {root}: a file; name the folder it lies in")
         if base in cifar.PUBLISHED:
             images = cifar.load(Path(root), split, image_size, base)
         else:

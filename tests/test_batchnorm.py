@@ -109,7 +109,7 @@ def test_forms_of_batches(model):
         torch.testing.assert_close(model.bn1.running_var, var, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("nothing", [[], [[]], [[], []], iter(())])
+@pytest.mark.parametrize("nothing", [[], [[]], [[], []], iter(()), [torch.empty(0, 3, 32, 32)]])
 def test_no_batches_are_refused_and_change_nothing(model, nothing):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(InputError, match="no images"):

@@ -180,6 +180,7 @@ def safetensors():
         (gzip.compress(b"x" * 99, mtime=0), "packed with gzip: unpack it first$"),
         (b"\n<!DOCTYPE html><title>Quota exceeded", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (pickle.dumps({"w": 1.0}, protocol=4), "a pickle, .*torch.save what is in it$"),
         (b"Not Found", "damaged, or not a checkpoint file"),
         (b"", "damaged, or not a checkpoint file"),
     ],

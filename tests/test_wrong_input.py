@@ -79,7 +79,7 @@ TRAIN = [
     # data
     ("without --data", r"--dataset folder needs its folder: give --data"),
     ("--data {w}/nowhere", r"--data .*nowhere: no train/<class>/"),
-    ("--data {w}/file", r"--data .*file: no train/<class>/"),
+    ("--data {w}/file", r"--data .*file: a file; name the folder"),
     (f"--data {'x' * 300}", r"xxx/train: File name too long"),
     ("--data {w}/empty", r"--data .*empty: no train/<class>/"),
     ("--std_data {w}/nowhere --corruption fog", r"--std_data .*nowhere: no train/"),

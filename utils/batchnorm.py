@@ -95,6 +95,8 @@ def reestimate(
             batches = [loader] if _is_batch(loader) else loader  # `loaders` is one loader
             for batch in tqdm(batches, desc="batch-norm statistics", disable=None, leave=False):
                 images = (batch if isinstance(batch, Tensor) else batch[0]).to(device)
+                if not len(images):
+                    continue
                 if not images.is_floating_point():
                     images = images.float() / 255
                 for layer in layers:

@@ -83,6 +83,8 @@ def _other_kind(path: Path) -> str | None:
     """What a file of another kind is and what to do, in words; None for what torch may read."""
     with path.open("rb") as file:
         head = file.read(512)
+    if re.match(rb"\x80[\x04-\x09]", head):
+        return "a pickle, which can hold code; if you trust its source, torch.save what is in it"
     for magic, name in PACKED.items():
         if head.startswith(magic):
             return f"packed with {name}: unpack it first"
