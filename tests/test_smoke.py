@@ -65,7 +65,8 @@ def test_a_second_run_trains_and_measures_nothing_again(smoke, monkeypatch):
     monkeypatch.setattr(train_corruption, "train", refuse)
     monkeypatch.setattr(model_patching, "evaluate", refuse)
     monkeypatch.setattr(pretrain, "pretrain", refuse)
-    reproduce.main(argv)
+    for name in ("main", "keep_num", "transfer"):
+        reproduce.main([name, *argv[1:-1], str(out / name)])
     assert results(out / "keep_num")["rows"] == before
 
 
