@@ -305,10 +305,10 @@ def run(args: argparse.Namespace) -> dict:
         baseline = log.read(Path(args.baseline_log), "--baseline_log")["std"]["robust"]
         report.mean_corruption_error(baseline, baseline, run.labels)  # says what it lacks
     standard = {"model": "standard", **run.standard(every)}
-    rows, robust = [standard], upper_bound(run)
+    rows, robust = [standard], None if chooser else upper_bound(run)
     if chooser:
-        chosen, robust = bank.rows(run, chooser)
-        rows.append(chosen)
+        more, robust = bank.rows(run, chooser)
+        rows += more
     for keep_num in () if chooser else args.keep_num:
         signatures = run.stored or [run.signature(c, keep_num=keep_num) for c in args.corruption]
         if args.learn_alpha:

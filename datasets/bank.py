@@ -16,6 +16,7 @@ from datasets.corrupted import Copies, corrupted_set
 from datasets.corruptions import CORRUPTIONS, FAMILIES, corrupt
 from datasets.images import ImageSet, spaced
 from datasets.loader import evaluation_batches
+from utils import checkpoint, sources
 from utils.batchnorm import running_statistics
 from utils.fingerprint import SEVERITIES, SignatureBank, fit, strengths
 from utils.report import markdown_table
@@ -141,8 +142,10 @@ def example(signature: RobustWeightSignature, model: nn.Module) -> tuple[Signatu
     return SignatureBank(signatures), mixed.to(device).float() / 255
 
 
-def rows(run, bank: SignatureBank) -> tuple[dict, dict]:
+def rows(run, bank: SignatureBank) -> tuple[list[dict], dict]:
     """The rows of a `model_patching.Patching` whose images choose, and of the oracle; printed, too.
+
+    Also that of a model trained on all, where --corruption_model_root has it.
 
     The oracle knows the corruption of every image, and patches with its signature at α = 1.
     """
@@ -156,5 +159,12 @@ def rows(run, bank: SignatureBank) -> tuple[dict, dict]:
     ta, ra = found["RA"].pop("clean"), {}
     for s in run.stored:
         ra |= run.with_patch([s], [1.0], run.labels[s.name])["RA"]
-    row = {"model": f"patched, {n} at a time choose", "TA": ta, **found}
-    return row, {"model": "each its own signature", "TA": run.standard(())["TA"], "RA": ra}
+    made = [{"model": f"patched, {n} at a time choose", "TA": ta, **found}]
+    if root := run.args.corruption_model_root:
+        names = run.args.corruption
+        every = set(names) == set(CORRUPTIONS)
+        path = sources.find_robust(root, "all" if every else "+".join(names))
+        sources.check_facts(checkpoint.read(path), path, run.facts)
+        measured = [name for name in run.sets if name != "clean"]
+        made.append({"model": "trained on all of them", **run.other(path, measured)})
+    return made, {"model": "each its own signature", "TA": run.standard(())["TA"], "RA": ra}

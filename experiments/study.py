@@ -250,7 +250,8 @@ class Study:
         args.severity = [args.severity]
         args.base_model, args.patched_model = self.standard(seed), target
         args.corruption_model_root = self.robust_root(seed)
-        args.signature, args.corruption_data, args.test_all_corruptions = [], None, False
+        args.signature, args.choose = [], None
+        args.corruption_data, args.test_all_corruptions = None, False
         run = Patching(args, self.method, self._kept)
         if target is not None:  # its lineage is another by design, no reason to warn
             run.target.pretrained_hash = None

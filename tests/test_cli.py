@@ -340,6 +340,13 @@ def test_stored_signatures_choose(models, cifar, tmp_path, capsys):
     alone = patch(*common, files[1])["rows"][1]
     assert oracle["RA"]["gaussian_noise"] == alone["RA"]["gaussian_noise"]
     assert oracle["TA"] == standard["TA"]
+    union = tmp_path / "union"
+    shutil.copytree(folder / "robust" / "fog", union / "gaussian_noise+fog")
+    found = patch(*common, *files, "--choose", 2, "--corruption_model_root", union)["rows"]
+    assert [row["model"] for row in found[2:]] == ["trained on all of them", oracle["model"]]
+    assert set(found[2]["RA"]) == {*names}
+    with pytest.raises(InputError, match=r"no folder for fog\+gaussian_noise \(there: fog"):
+        patch(*common, *files, "--choose", 2, "--corruption_model_root", folder / "robust")
 
 
 def test_learnt_weights_come_from_validation_images_and_are_kept(

@@ -153,7 +153,11 @@ FLAGS = {
     ),
     "base_model": flag("θ_std: the standard model", "FILE"),
     "patched_model": flag("θ_target, the model to patch, if not --base_model", "FILE"),
-    "corruption_model_root": flag(f"θ_c: a folder per corruption with its {BEST_RA}", "DIR"),
+    "corruption_model_root": flag(
+        f"θ_c: a folder per corruption with its {BEST_RA}; with --choose that of one model "
+        "trained on all, fog+snow",
+        "DIR",
+    ),
     # recipe
     "lr": flag("initial learning rate", type=number(0), default=0.01),
     "momentum": flag("of SGD", type=number(0), default=0.9),

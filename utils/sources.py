@@ -111,15 +111,19 @@ def patch_title(
 def find_robust(root: str | Path, corruption: str) -> Path:
     """The checkpoint of `corruption` under `root`: in the folder of that name, or with that word.
 
+    "fog+snow" is the model trained on both, in any order.
+
     Raises InputError when there is no such folder, several, or no checkpoint in it.
     """
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"--corruption_model_root {root}: no such folder")
     folders = sorted(path for path in root.iterdir() if path.is_dir())
-    exact = [f for f in folders if f.name == corruption]
+    exact = [f for f in folders if sorted(f.name.split("+")) == sorted(corruption.split("+"))]
     # `fog` is a word of vgg_fog_sev5, not of foggy or no_fog_at_all.
-    word = rf"(?<![a-z0-9])(?<!no[-_])(?<!not[-_])(?<!without[-_]){corruption}(?![a-z0-9])"
+    word = (
+        rf"(?<![a-z0-9])(?<!no[-_])(?<!not[-_])(?<!without[-_]){re.escape(corruption)}(?![a-z0-9])"
+    )
     found = exact or [f for f in folders if re.search(word, f.name, re.I)]
     if len(found) != 1:
         names = ", ".join(f.name for f in (found or folders)) or "nothing"
@@ -179,7 +183,7 @@ def load_states(
                 if name not in state:
                     raise InputError(f"{path} does not hold a {args.arch}: it has no {name}")
         pretrained_hash = ckpt.backbone_hash(states["pretrained"])
-    for name in args.corruption if args.corruption_model_root else ():
+    for name in args.corruption if args.corruption_model_root and not args.choose else ():
         path = find_robust(args.corruption_model_root, name)
         checkpoint = ckpt.read(path)
         check_facts(checkpoint, path, {"corruption": [name], **like})
