@@ -79,12 +79,20 @@ def patch(*argv):
     return model_patching.run(model_patching.parse_args([str(a) for a in argv]))
 
 
-def patch_arguments(models, cifar, *more):
+def base_arguments(models, cifar):
     arch, folder = models
     return (
         *("--arch", arch, "--dataset", "cifar10", "--data", cifar, "--device", "cpu", "--no-amp"),
+        *("--base_model", folder / "standard" / "model_SA_best.pth.tar"),
+    )
+
+
+def patch_arguments(models, cifar, *more):
+    folder = models[1]
+    return (
+        *base_arguments(models, cifar),
         *("--corruption_model_root", folder / "robust", "--pretrained", folder / "pre.pth"),
-        *("--base_model", folder / "standard" / "model_SA_best.pth.tar", "--corruption", *more),
+        *("--corruption", *more),
     )
 
 
@@ -265,20 +273,8 @@ def test_patching_from_stored_signatures_alone(models, cifar, tmp_path, monkeypa
         )
     )
     files = [tmp_path / f"{name}.rws" for name in names]
-    arch, folder = models
-    common = (
-        "--arch",
-        arch,
-        "--dataset",
-        "cifar10",
-        "--data",
-        cifar,
-        "--device",
-        "cpu",
-        "--no-amp",
-    )
-    base = ("--base_model", folder / "standard" / "model_SA_best.pth.tar", "--seed", 1)
-    b = patch(*common, *base, "--signature", *files)
+    arch, common = models[0], (*base_arguments(models, cifar), "--seed", 1)
+    b = patch(*common, "--signature", *files)
     assert a["rows"][1]["RA"] == b["rows"][1]["RA"] and a["rows"][1]["TA"] == b["rows"][1]["TA"]
     assert [row["model"] for row in b["rows"]] == ["standard", "patched, keep_num 2"]
     splits = []
@@ -286,11 +282,11 @@ def test_patching_from_stored_signatures_alone(models, cifar, tmp_path, monkeypa
     monkeypatch.setattr(
         model_patching.flags, "load_images", lambda *a: (splits.append(a[2]), load(*a))[1]
     )
-    b = patch(*common, *base, "--signature", *files, "--alpha", 1, 0.5)["rows"]
+    b = patch(*common, "--signature", *files, "--alpha", 1, 0.5)["rows"]
     assert set(splits) == {"test"}  # no training image is read
     assert b[1]["RA"] == a["rows"][1]["RA"]
     if arch == "resnet18":
-        again = patch(*common, *base, "--signature", *files, "--reestimate")
+        again = patch(*common, "--signature", *files, "--reestimate")
         assert "train" in splits
         first = [tmp_path / f"version1-{file.name}" for file in files]
         for file, path in zip(files, first, strict=True):
@@ -300,15 +296,15 @@ def test_patching_from_stored_signatures_alone(models, cifar, tmp_path, monkeypa
             document |= {"version": 1, "payload": document["payload"][:-drop].clone()}
             document["checksum"] = signature_file._checksum(meta, document["payload"])
             torch.save(document, path)
-        assert patch(*common, *base, "--signature", *first)["rows"] == again["rows"]
-    weighted = patch(*common, *base, "--signature", *files, "--finetune_alpha", 0, 1)
-    alone = patch(*common, *base, "--signature", files[1])
+        assert patch(*common, "--signature", *first)["rows"] == again["rows"]
+    weighted = patch(*common, "--signature", *files, "--finetune_alpha", 0, 1)
+    alone = patch(*common, "--signature", files[1])
     if arch == "vgg11":  # a ResNet's running statistics are re-estimated on both corruptions
         ra = weighted["rows"][1]["RA"]["gaussian_noise"]
         assert ra == alone["rows"][1]["RA"]["gaussian_noise"]
     other = "vgg13" if arch == "vgg11" else "resnet34"
     with pytest.raises(InputError, match=arch):
-        patch(*(other if x == arch else x for x in common), *base, "--signature", files[0])
+        patch(*(other if x == arch else x for x in common), "--signature", files[0])
 
 
 def test_stored_signatures_choose(models, cifar, tmp_path, capsys):
@@ -318,18 +314,7 @@ def test_stored_signatures_choose(models, cifar, tmp_path, capsys):
     known = SignatureBank.load(files).signatures
     assert all(len(s.fingerprint["strength"]) == 5 for s in known)
     assert all(bool(s.statistics) == (arch == "resnet18") for s in known)
-    common = (
-        "--arch",
-        arch,
-        "--dataset",
-        "cifar10",
-        "--data",
-        cifar,
-        "--device",
-        "cpu",
-        "--no-amp",
-    )
-    common += ("--base_model", folder / "standard" / "model_SA_best.pth.tar", "--signature")
+    common = (*base_arguments(models, cifar), "--signature")
     capsys.readouterr()
     standard, chosen, oracle = patch(*common, *files, "--choose", 2)["rows"]
     printed = capsys.readouterr().out
