@@ -46,13 +46,17 @@ def write(root: Path) -> None:
     if not found.keys() & EXPERIMENTS.keys():
         raise InputError(f"--out {root}: no results of reproduce.py there yet")
     summary, sections, ablations = [], [], []
-    studies = defaultdict(dict)
+    studies, basis = defaultdict(dict), {}
     for name, module in EXPERIMENTS.items():
         verdicts, lines = [], []
         for folder, result in found.get(name, []):
             verdict, words = module.verdict(result["rows"])
             place = folder.relative_to(root).as_posix()
             title = result["study"].partition(";")[0]
+            if not result["ablation"]:
+                corruptions, seeds = basis.setdefault(title, (set(), set()))
+                corruptions |= {row["corruption"] for row in result["rows"] if "corruption" in row}
+                seeds |= {row["seed"] for row in result["rows"]}
             title += f", {result['ablation']}" if result["ablation"] else ""
             told = f"**{verdict}**" if not result["ablation"] else f"`{name}`"
             note = result["note"] + (f" **{result['caveat']}**" if "caveat" in result else "")
@@ -76,6 +80,11 @@ def write(root: Path) -> None:
         sections.append(f"- {study}; {device}, torch {torch}.\n")
         sections += ["\n".join(f"      python {command}" for command in commands) + "\n"]
     table = markdown_table(["experiment", "claim", "verdict"], summary)
-    top = ["# Results, claim by claim\n", f"{INTRODUCTION}\n"]
+    rests_on = [
+        f"- {title}: {len(corruptions)} of 19 corruptions, seeds {' '.join(map(str, sorted(seeds)))}"
+        for title, (corruptions, seeds) in basis.items()
+    ]
+    top = ["# Results, claim by claim\n", f"{INTRODUCTION} The numbers rest on\n"]
+    top += ["\n".join(rests_on) + "\n"]
     write_text(root / "README.md", "\n".join([*top, f"{table}\n", *sections]))
     print(f"\n{table}\n\n{root / 'README.md'}")
