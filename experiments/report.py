@@ -81,8 +81,8 @@ def write(root: Path) -> None:
         sections += ["\n".join(f"      python {command}" for command in commands) + "\n"]
     table = markdown_table(["experiment", "claim", "verdict"], summary)
     rests_on = [
-        f"- {title}: {len(corruptions)} of 19 corruptions, seeds {' '.join(map(str, sorted(seeds)))}"
-        for title, (corruptions, seeds) in basis.items()
+        f"- {title}: {len(names)} of 19 corruptions, seeds {' '.join(map(str, sorted(seeds)))}"
+        for title, (names, seeds) in basis.items()
     ]
     top = ["# Results, claim by claim\n", f"{INTRODUCTION} The numbers rest on\n"]
     top += ["\n".join(rests_on) + "\n"]
