@@ -104,7 +104,10 @@ def of_family(named: Mapping[str, float], name: str) -> float:
 
 def named_table(named: Mapping[str, Mapping[str, float]]) -> str:
     """What `measure` found, in Markdown: images named right, and by family, in percent."""
-    lines = [[name, of.get(name), of_family(of, name)] for name, of in named.items()]
+    lines = []
+    for name, of in named.items():
+        corruption = name.partition(" ")[0]  # of "fog 1"
+        lines.append([name, of.get(corruption), of_family(of, corruption)])
     return markdown_table(["images", "named right, %", "family right, %"], lines)
 
 

@@ -223,9 +223,9 @@ class RobustWeightSignature:
     # ---- algebra -------------------------------------------------------------------------
 
     def scale(self, w: float) -> RobustWeightSignature:
-        """w · RWS, without statistics: what is kept is of α = 1."""
+        """w · RWS, without what is of α = 1: codes, statistics, fingerprint, learnt weights."""
         tensors = {key: tensor * w for key, tensor in self.tensors.items()}
-        none = {"codes": {}, "statistics": {}, "weights": {}}
+        none = {"codes": {}, "statistics": {}, "fingerprint": {}, "weights": {}}
         return replace(self, tensors=tensors, method=self.method.unquantized(), **none)
 
     def __add__(self, other: RobustWeightSignature | int) -> RobustWeightSignature:
