@@ -1,6 +1,7 @@
 """The experiments, one file each, in the order of the report.
 
-A module has CLAIM (what is to be checked) and RULE (by which it is judged, fixed beforehand), and
+A module has CLAIM (what is to be checked), RULE (by which it is judged; those of layers, keep_num,
+quantization and transfer were revised after first measurements), and
     measure(study) → rows           {"seed", "corruption", "model", "TA", "RA" or "value", **knobs}
     table(rows, study) → tables.Table
     figure(rows, path)              a PNG
