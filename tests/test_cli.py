@@ -358,7 +358,7 @@ def test_learnt_weights_come_from_validation_images_and_are_kept(
     kept = RobustWeightSignature.load(tmp_path / "composed.rws").weights
     assert {name: w.tolist() for name, w in kept.items()} == weights
     assert "w fog" in signature_file.describe(tmp_path / "composed.rws")
-    b = patch(*argv[:9], *argv[13:15], "--signature", tmp_path / "composed.rws")
+    b = patch(*base_arguments(models, cifar), "--signature", tmp_path / "composed.rws")
     assert b["rows"][1]["RA"] == a["rows"][1]["RA"] and b["rows"][1]["TA"] == a["rows"][1]["TA"]
     patch(*argv, "--learn_alpha", "signature", "--unlabeled")
     assert seen[1][1] is None

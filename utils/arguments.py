@@ -208,7 +208,7 @@ FLAGS = {
     "finetune_alpha": flag(
         "a strength for each of --corruption, in its order; wins over --alpha",
         "A",
-        type=number(-math.inf),
+        type=number(0),
         nargs="+",
     ),
     "signature": flag(

@@ -62,7 +62,7 @@ def check(args: argparse.Namespace) -> None:
     if args.finetune_alpha is not None and len(args.finetune_alpha) != count:
         given = len(args.finetune_alpha)
         raise InputError(f"--finetune_alpha has {given} values for {count} signatures")
-    if min(args.finetune_alpha or args.alpha) < 0:
+    if min(args.alpha) < 0:
         said = "a negative strength takes the signature's direction away: no patch of the paper"
         warnings.warn(said, stacklevel=2)
     patches = len(keep_nums) * (1 if args.finetune_alpha is not None else len(args.alpha))
