@@ -140,8 +140,8 @@ class Patching:
             return bank.fingerprinted(signature, self.target, self.validation, how)
 
     def with_statistics(self, signature: RobustWeightSignature) -> RobustWeightSignature:
-        """`signature` with the running statistics of θ_std under it, if that has batch norm."""
-        if self.args.patched_model or not has_batchnorm(self.target):
+        """`signature`, if it has none, with the running statistics of θ_std under it."""
+        if signature.statistics or self.args.patched_model or not has_batchnorm(self.target):
             return signature
         with self.patched([signature], [1.0]) as model:
             return replace(signature, statistics=running_statistics(model))
@@ -163,10 +163,9 @@ class Patching:
         self, signatures: Sequence[RobustWeightSignature], weights: Sequence[float]
     ) -> RobustWeightSignature:
         """Σ_c w_c · RWS_c, with the signatures' statistics pooled if they are of this target."""
-        whole = sum(signatures)
         total = sum(s.scale(w) for s, w in zip(signatures, weights, strict=True))
-        ours = whole.standard == self._standard
-        return replace(total, statistics=whole.statistics if ours else {})
+        pooled = sum(replace(s, tensors={}) for s in signatures).statistics
+        return replace(total, statistics=pooled if total.standard == self._standard else {})
 
     @contextlib.contextmanager
     def patched(

@@ -14,6 +14,7 @@ from torch.nn.functional import one_hot
 from datasets import synthetic
 from datasets.corrupted import Copies, corrupted_set
 from datasets.corruptions import CORRUPTIONS, FAMILIES, corrupt
+from datasets.flags import union_name
 from datasets.images import ImageSet, spaced
 from datasets.loader import evaluation_batches
 from utils import checkpoint, sources
@@ -148,9 +149,8 @@ def example(signature: RobustWeightSignature, model: nn.Module) -> tuple[Signatu
 def rows(run, bank: SignatureBank) -> tuple[list[dict], dict]:
     """The rows of a `model_patching.Patching` whose images choose, and of the oracle; printed, too.
 
-    Also that of a model trained on all, where --corruption_model_root has it.
-
-    The oracle knows the corruption of every image, and patches with its signature at α = 1.
+    Also that of a model trained on all, where --corruption_model_root is given. The oracle knows
+    the corruption of every image, and patches with its signature at α = 1.
     """
     n = run.args.choose
     with run.autocast:
@@ -164,9 +164,7 @@ def rows(run, bank: SignatureBank) -> tuple[list[dict], dict]:
         ra |= run.with_patch([s], [1.0], run.labels[s.name])["RA"]
     made = [{"model": f"patched, {n} at a time choose", "TA": ta, **found}]
     if root := run.args.corruption_model_root:
-        names = run.args.corruption
-        every = set(names) == set(CORRUPTIONS)
-        path = sources.find_robust(root, "all" if every else "+".join(names))
+        path = sources.find_robust(root, union_name(run.args.corruption))
         sources.check_facts(checkpoint.read(path), path, run.facts)
         measured = [name for name in run.sets if name != "clean"]
         made.append({"model": "trained on all of them", **run.other(path, measured)})

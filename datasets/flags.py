@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import datasets
 from datasets import corruptions
-from datasets.corruptions import SEVERITIES
+from datasets.corruptions import CORRUPTIONS, SEVERITIES
 from datasets.images import CLASS_PARITIES, ImageSet
 from utils.arguments import count, flag, folder, several, switch
 from utils.errors import InputError
@@ -77,6 +77,11 @@ def load_images(args: argparse.Namespace, root: str | None, split: str) -> Image
     """The clean split "train", "val" or "test" at `root`, as the flags in `args` say."""
     limit = args.train_images if split == "train" else args.test_images
     return datasets.load(args.dataset, root, split, args.image_size, args.classes, limit)
+
+
+def union_name(corruptions: Sequence[str]) -> str:
+    """The name of the folder of a model trained on all of these."""
+    return "all" if set(corruptions) == set(CORRUPTIONS) else "+".join(corruptions)
 
 
 def data_facts(args: argparse.Namespace, images: ImageSet) -> dict:

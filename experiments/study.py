@@ -27,7 +27,7 @@ from types import ModuleType
 
 import datasets
 import train_corruption
-from datasets.corruptions import CORRUPTIONS
+from datasets.flags import union_name
 from datasets.images import fingerprint
 from experiments.pretrain import make_pretrained
 from experiments.settings import PRESETS, Preset, data_tag, recipe
@@ -165,8 +165,7 @@ class Study:
         """θ_c of one corruption, or the model trained on the union of several."""
         folder = self.robust_root(seed) / names[0]
         if len(names) > 1:
-            every = set(names) == set(CORRUPTIONS)
-            folder = self.robust_root(seed, "union") / ("all" if every else "+".join(names))
+            folder = self.robust_root(seed, "union") / union_name(names)
         title = f"θ_c, c = {' + '.join(names)}"
         return Job(title, folder, self._settings(seed) | {"corruption": list(names)})
 

@@ -29,7 +29,7 @@ from datasets.images import ImageSet
 from experiments import settings as study_settings
 from utils import arguments, signature_file
 from utils import checkpoint as ckpt
-from utils import signature as sig
+from utils import patch as patching
 from utils.errors import InputError
 from utils.signature import Method, RobustWeightSignature, patch
 
@@ -436,4 +436,4 @@ def test_patches_come_off_in_any_order_bit_for_bit(steps):
     for handle, *_ in handles:
         handle.remove()
     assert bits(model.state_dict()) == before
-    assert model not in sig._PATCHES
+    assert model not in patching._PATCHES

@@ -15,7 +15,7 @@ from experiments.similarity import cosine
 from models import build_model
 from models.layers import LAYERS, carried_keys, depth_order, layer_keys
 from utils import arguments, quantize, signature_file
-from utils import signature as sig
+from utils import patch as patching
 from utils.errors import InputError
 from utils.signature import Method, RobustWeightSignature, patch, project_out
 
@@ -376,7 +376,7 @@ def test_removal_outlives_the_model(study):
     model = study.model()
     handle = patch(model, study.extract())
     del model
-    assert len(sig._PATCHES) == 0  # nothing keeps a dropped model alive
+    assert len(patching._PATCHES) == 0  # nothing keeps a dropped model alive
     handle.remove()
 
 

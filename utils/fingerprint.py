@@ -19,7 +19,8 @@ from torch.func import functional_call
 from models import split
 from utils.batchnorm import has_batchnorm
 from utils.errors import InputError
-from utils.signature import RobustWeightSignature, check_fits
+from utils.patch import check_fits
+from utils.signature import RobustWeightSignature
 
 SEVERITIES, STATISTICS = 5, 16
 LOWER = tuple(torch.tril_indices(STATISTICS, STATISTICS))  # of a covariance, as it is kept

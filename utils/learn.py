@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from models.layers import depth_order
 from utils.errors import InputError
-from utils.signature import RobustWeightSignature, check_fits
+from utils.patch import check_fits
+from utils.signature import RobustWeightSignature
 
 STEPS, BATCH, LR = 100, 128, 0.02  # of Adam; images in a step, all parts together
 

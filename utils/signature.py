@@ -30,7 +30,7 @@ from utils.arguments import FLAGS
 from utils.batchnorm import pooled
 from utils.checkpoint import backbone_hash, read_state_dict, weights_in
 from utils.errors import InputError
-from utils.patch import _PATCHES, Patch, check_fits, patch  # noqa: F401, the other half of the interface
+from utils.patch import patch  # noqa: F401, the other half of the interface
 
 StateDict = Mapping[str, Tensor]
 Source = Mapping | nn.Module | str | os.PathLike  # of weights: `utils.checkpoint.weights_in`
