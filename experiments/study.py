@@ -220,9 +220,10 @@ class Study:
                 ckpt.pretrained_state_dict(file, self.args.arch, self.args.checkpoint_key)
             )
         )
+        images_print = functools.cache(data_print)
         for job in jobs:
             if job not in missing:
-                check_same_run(job, start_hash)
+                check_same_run(job, start_hash, images_print)
         for _, of_stage in itertools.groupby(missing, key=lambda job: job.stage):
             left = list(of_stage)
             if len(devices) > 1:
@@ -325,24 +326,26 @@ class Study:
         print(f"\n{text}\n\n{caption}\n{out}")
 
 
-@functools.cache
 def data_print(*what: object) -> str:
     """The fingerprint of clean training images; `what` says which to `datasets.load`."""
     dataset, data, *which = what
     return fingerprint(datasets.load(dataset, data, "train", *which))
 
 
-def check_same_run(job: Job, start_hash: Callable[[str], str]) -> None:
+def check_same_run(
+    job: Job, start_hash: Callable[[str], str], images_print: Callable[..., str]
+) -> None:
     """Raise InputError when the finished run in the job's folder had other settings.
 
-    start_hash: gives the hash of the model that a file holds, where training starts.
+    start_hash: gives the hash of the model that a file holds, where training starts;
+    images_print: `data_print`.
     """
     args = train_corruption.parse_args(job.command())
     saved = ckpt.read(job.folder / ckpt.LAST)
     wanted = train_corruption.identity(args) | {"pretrained_hash": start_hash(args.pretrained)}
     if "data" in saved:
         names = ("dataset", "data", "image_size", "classes", "train_images")
-        wanted["data"] = data_print(*(getattr(args, name) for name in names))
+        wanted["data"] = images_print(*(getattr(args, name) for name in names))
     for name, value in wanted.items():
         if name in saved and saved[name] != value:
             raise InputError(
