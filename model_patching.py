@@ -86,7 +86,7 @@ class Patching:
         ckpt.load_model_weights(model, args.arch, state, path)
         model.pretrained_hash = checkpoint.get("pretrained_hash")
         self.target = to_device(model, self.device, self.amp).eval()
-        self._standard = ckpt.backbone_hash(state)  # if it is θ_std
+        self.standard_hash = ckpt.backbone_hash(state)  # if it is θ_std
 
         measured = CORRUPTIONS if args.test_all_corruptions else args.corruption
         several = len(args.severity) > 1
@@ -165,7 +165,7 @@ class Patching:
         """Σ_c w_c · RWS_c, with the signatures' statistics pooled if they are of this target."""
         total = sum(s.scale(w) for s, w in zip(signatures, weights, strict=True))
         pooled = sum(replace(s, tensors={}) for s in signatures).statistics
-        return replace(total, statistics=pooled if total.standard == self._standard else {})
+        return replace(total, statistics=pooled if total.standard == self.standard_hash else {})
 
     @contextlib.contextmanager
     def patched(

@@ -18,7 +18,8 @@ from datasets.flags import union_name
 from datasets.images import ImageSet, spaced
 from datasets.loader import evaluation_batches
 from utils import checkpoint, sources
-from utils.batchnorm import running_statistics
+from utils.batchnorm import has_batchnorm, running_statistics
+from utils.errors import InputError
 from utils.fingerprint import SEVERITIES, SignatureBank, fit, strengths
 from utils.report import markdown_table
 from utils.signature import RobustWeightSignature
@@ -153,6 +154,10 @@ def rows(run, bank: SignatureBank) -> tuple[list[dict], dict]:
     the corruption of every image, and patches with its signature at α = 1.
     """
     n = run.args.choose
+    for file, s in zip(run.args.signature, run.stored, strict=True):
+        if has_batchnorm(run.target) and s.standard != run.standard_hash:
+            told = "holds statistics of batch norm that are of another standard model"
+            raise InputError(f"--choose: {file} {told}; make it again, with this --base_model")
     with run.autocast:
         ways = calibrated(bank, run.target, run.validation, [n])
         (found,) = measure(bank, run.target, run.sets, ways)

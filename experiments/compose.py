@@ -19,7 +19,10 @@ from utils.learn import BATCH, LR
 from utils.report import recovered
 
 CLAIM = "Several signatures work at once."
-RULE = "Composed patches get ≥ 80 % (partly: ≥ 40 %) of the gain of a model trained on all."
+RULE = (
+    "Composed patches (w = 1/n or 1, the better of both by test RA) get ≥ 80 % (partly: ≥ 40 %) of "
+    "the gain of a model trained on all."
+)
 COMPOSED = "composed"  # with the weight "w" of each signature
 LEARNT = "learnt"  # in the way "by"
 WAYS = {

@@ -202,6 +202,9 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("compose needs at least two --corruptions")
     if args.experiment == "consistency" and args.target_dataset is None:
         raise InputError("consistency needs a second data set: name --target_dataset")
+    of_bits = args.experiment in ("quantization", "all")
+    if (args.scheme != "linear" or args.per_channel) and not of_bits:
+        raise InputError("--quantization_type and --per_channel are of the quantization experiment")
     for k in (*args.keep_nums, args.keep_num):
         Method.from_args(args, keep_num=k)
     for bits in args.bits:

@@ -332,6 +332,17 @@ def test_stored_signatures_choose(models, cifar, tmp_path, capsys):
     assert set(found[2]["RA"]) == {*names}
     with pytest.raises(InputError, match=r"no folder for fog\+gaussian_noise \(there: fog"):
         patch(*common, *files, "--choose", 2, "--corruption_model_root", folder / "robust")
+    later = torch.load(folder / "standard" / "model_SA_best.pth.tar")
+    key = next(key for key in later["state_dict"] if key.endswith("weight"))
+    later["state_dict"][key] += 0.01
+    torch.save(later, tmp_path / "later.pth.tar")
+    argv = [*common, *files, "--choose", 2]
+    argv[argv.index("--base_model") + 1] = tmp_path / "later.pth.tar"
+    if arch != "resnet18":
+        patch(*argv)
+        return
+    with pytest.raises(InputError, match=r"fog\.rws holds statistics of batch norm .* of another"):
+        patch(*argv)
 
 
 def test_learnt_weights_come_from_validation_images_and_are_kept(

@@ -279,6 +279,7 @@ def test_demo_on_few_images(tmp_path, monkeypatch, capsys):
         (["main", "--corruptions", "fog", "--repeat_corruptions", "fog"], "several --seeds"),
         (["main", "--dataset", "cifar10", "--target_data", "b"], "name --target_dataset"),
         (["alpha", "--alphas", "-1"], "--alphas"),
+        (["main", "--per_channel"], "of the quantization experiment"),
         (["compose", "--groups", "fog"], "--groups fog"),
         (["compose", "--corruptions", "fog"], "two --corruptions"),
         (["consistency", "--dataset", "cifar10"], "--target_dataset"),

@@ -211,15 +211,17 @@ class SignatureBank:
         form = self._form_of.to(images.device)[choice]
         order = form.argsort()
         parts = images[order].split(form.bincount(minlength=len(self.forms)).tolist())
-        # cuDNN would try its algorithms for every number of images.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False):
+        cudnn = torch.backends.cudnn
+        benchmark, cudnn.benchmark = cudnn.benchmark, False  # else tried for every number of images
+        try:
             features = [
                 functional_call(shallow, _patched(model, *of), part)
                 for of, part in zip(self.forms, parts, strict=True)
                 if len(part)
             ]
-            logits = deep(torch.cat(features))
-        return logits[order.argsort()]
+            return deep(torch.cat(features))[order.argsort()]
+        finally:
+            cudnn.benchmark = benchmark
 
     def right(self, model: nn.Module, images: Tensor, labels: Tensor, choices: Tensor) -> Tensor:
         """Whether n images are predicted right under each of k choices (k, n): bool (k, n).
