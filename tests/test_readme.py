@@ -44,16 +44,15 @@ def test_python_example_runs(tmp_path, monkeypatch):
 
 def test_bank_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model, images = build_model("vgg11", 10), synthetic.load("val").images[:40]
+    model, images = build_model("vgg16", 10), synthetic.load("val").images[:40]
+    torch.save(model.state_dict(), "standard.pth")
     for name in ("fog", "snow"):
         copies = [corrupt(images, name, s) for s in range(1, 6)]
         tensors = {"features.0.weight": torch.ones(64, 3, 3, 3)}
         known = {"corruptions": (name,), "fingerprint": fit([images, *copies])}
-        RobustWeightSignature(tensors, "vgg11", Method(), **known).save(f"{name}.rws")
-    names = {"model": model, "images": copies[4].float() / 255}
-    exec(
-        re.findall(r"```python\n(from utils.fingerprint.+?)```", README, flags=re.DOTALL)[0], names
-    )
+        RobustWeightSignature(tensors, "vgg16", Method(), **known).save(f"{name}.rws")
+    names = {"images": copies[4].float() / 255}
+    exec(re.findall(r"```python\n(from models.+?)```", README, flags=re.DOTALL)[0], names)
     assert names["logits"].shape == (40, 10)
     assert not torch.allclose(names["logits"], model(names["images"]), atol=1e-3)
 
