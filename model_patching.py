@@ -77,7 +77,7 @@ class Patching:
         self.states, self.severities = sources.load_states(args, base, self.facts)
         stored = {c: s.severity or max(args.severity) for s in self.stored for c in s.corruptions}
         self.severities |= stored
-        self.source = base.get("dataset", datasets.base_name(args.dataset))  # of θ_std
+        self.trained_on = base.get("dataset", datasets.base_name(args.dataset))  # of θ_std
         state = ckpt.state_dict_of(checkpoint, path, args.checkpoint_key)
         constants = ([0.0] * 3, [1.0] * 3)  # kept by a checkpoint that has its own
         if "normalize.mean" not in state:
@@ -127,7 +127,7 @@ class Patching:
                 arch=self.args.arch,
                 corruption=name,
                 severity=self.severities[name],
-                dataset=self.source,
+                dataset=self.trained_on,
                 seed=self.args.seed,
             )
         return self._signatures[name, method]

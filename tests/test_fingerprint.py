@@ -14,7 +14,7 @@ from datasets.corruptions import corrupt
 from models import build_model, split
 from utils import fingerprint
 from utils.errors import InputError
-from utils.fingerprint import SignatureBank, statistics
+from utils.fingerprint import SignatureBank, image_statistics
 from utils.signature import Method, RobustWeightSignature, patch
 
 NAMES = ("gaussian_noise", "defocus_blur", "contrast")
@@ -79,14 +79,14 @@ def test_statistics(name):
     images = corrupt(images, name, 5) if name else images
     images[0] = 0  # nothing to see
     slow = torch.tensor([slow_statistics(image.numpy()) for image in images])
-    found = statistics(images.float() / 255)
+    found = image_statistics(images.float() / 255)
     assert found.dtype == torch.float32 and torch.allclose(found.double(), slow, atol=2e-4)
 
 
 def test_a_fit_is_mean_and_covariance_of_each_part():
     images = synthetic.load("val").images[:700]
     found = fingerprint.fit([images] + [corrupt(images, "fog", s) for s in range(1, 6)])
-    x = statistics(images.float() / 255).double().numpy()
+    x = image_statistics(images.float() / 255).double().numpy()
     lower = np.cov(x.T)[np.tril_indices(16)]
     assert np.allclose(found["mean"][0], x.mean(0), atol=1e-4)
     assert np.allclose(found["covariance"][0], lower, atol=1e-4)
@@ -158,7 +158,7 @@ def test_likelihoods_are_of_gaussians_and_add_up_in_groups(signatures):
     covariance[tuple(torch.tril_indices(16, 16))] = f["covariance"][2]
     covariance = covariance + covariance.tril(-1).mT + 1e-4 * torch.eye(16)
     gaussian = torch.distributions.MultivariateNormal(f["mean"][2].double(), covariance.double())
-    slow = gaussian.log_prob(statistics(images).double()) + 8 * np.log(2 * np.pi)
+    slow = gaussian.log_prob(image_statistics(images).double()) + 8 * np.log(2 * np.pi)
     assert torch.allclose(each[:, 1 + 5 + 1].double(), slow, rtol=1e-3, atol=0.05)
     sums = [each[:3].sum(0), each[3:6].sum(0), each[6]]
     assert torch.allclose(bank.log_likelihood(images, 3), torch.stack(sums), rtol=1e-4)

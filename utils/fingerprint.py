@@ -30,7 +30,7 @@ _RIDGE = 1e-4  # of the covariances: a deviation of 0.01, where most are of 0.1 
 _AT_ONCE = 500  # images
 
 
-def statistics(images: Tensor) -> Tensor:
+def image_statistics(images: Tensor) -> Tensor:
     """Float32 (n, 16), of images (n, 3, H, W) in [0, 1].
 
     What backward elimination kept of 35, by the share of CIFAR-10's validation images named right
@@ -78,7 +78,7 @@ def fit(parts: Sequence[Tensor], strengths: Sequence[float] = (1.0,) * 5) -> dic
     """
     means, triangles = [], []
     for images in parts:
-        found = [statistics(some.float() / 255).double() for some in images.split(_AT_ONCE)]
+        found = [image_statistics(some.float() / 255).double() for some in images.split(_AT_ONCE)]
         found = torch.cat(found)
         means.append(found.mean(0))
         triangles.append(torch.cov(found.T, correction=min(1, len(found) - 1))[LOWER])
@@ -176,7 +176,7 @@ class SignatureBank:
             raise InputError(f"images and fingerprints differ in size ({told}): resize the images")
         mean, whiten, constant = (t.to(images.device) for t in self._gaussians)
         with torch.autocast(images.device.type, enabled=False):
-            off = statistics(images)[:, None] - mean
+            off = image_statistics(images)[:, None] - mean
             off = torch.einsum("kij,nkj->nki", whiten, off)
             each = -off.square().sum(2) / 2 - constant
         group = torch.arange(len(images), device=images.device) // together
