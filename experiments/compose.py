@@ -35,13 +35,18 @@ OWN = "its own"  # each corruption under its own signature alone
 
 
 def jobs(study) -> list:
-    seed = study.args.seeds[0]
-    return [study.robust_job(seed, group) for group in study.args.groups]
+    return [study.robust_job(seed, group) for seed, group in _groups(study)]
+
+
+def _groups(study) -> Iterator[tuple[int, list[str]]]:
+    """(seed, group) where the seed has every corruption of the group."""
+    for seed, names in study.seeds:
+        yield from ((seed, group) for group in study.args.groups if set(group) <= set(names))
 
 
 def measure(study) -> Iterator[dict]:
-    run = study.patching()
-    for group in study.args.groups:
+    for seed, group in _groups(study):
+        run = study.patching(seed)
         signatures, n = [run.signature(name) for name in group], len(group)
         models = [(STANDARD, run.standard(group), {})]
         if n == 2:
@@ -59,7 +64,7 @@ def measure(study) -> Iterator[dict]:
             models.append((LEARNT, result, {"by": by, "weights": weights}))
         if has_batchnorm(run.target):
             models += _statistics(study, run, signatures, group)
-        union = study.robust_job(run.args.seed, group).best
+        union = study.robust_job(seed, group).best
         models.append((UNION, run.other(union, group), {}))
         for i, name in enumerate(group):
             if n > 2:

@@ -48,7 +48,7 @@ def write(root: Path) -> None:
     summary, sections, ablations = [], [], []
     studies, basis = defaultdict(dict), {}
     for name, module in EXPERIMENTS.items():
-        verdicts, lines = [], []
+        verdicts, lines, doubted = [], [], False
         for folder, result in found.get(name, []):
             verdict, words = module.verdict(result["rows"])
             place = folder.relative_to(root).as_posix()
@@ -65,12 +65,13 @@ def write(root: Path) -> None:
                 f"  ![{name}: {place}]({place}/{p.name})\n" for p in sorted(folder.glob("*.png"))
             ]
             (ablations if result["ablation"] else lines).extend(text)
+            doubted |= "caveat" in result and not result["ablation"]
             verdicts += [verdict] if verdict != UNTOLD and not result["ablation"] else []
             studies[result["study"], result["device"], result["torch"]][result["command"]] = None
         overall = UNTOLD if lines else "not measured"
         if verdicts:
             overall = verdicts[0] if len(set(verdicts)) == 1 else PARTLY
-        summary.append([f"`{name}`", module.CLAIM, overall])
+        summary.append([f"`{name}`", module.CLAIM, overall + " (see its caveat)" * doubted])
         sections += [f"## {name}: {overall}\n", f"Claim: {module.CLAIM}\n"]
         sections += [f"Rule: {module.RULE}\n", *lines]
     if ablations:

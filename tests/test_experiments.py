@@ -242,6 +242,7 @@ def test_report_gathers_and_combines(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "## alpha: holds partly\n" in text and text.count("c/alpha") == 1
     assert text.index("## Ablations") < text.index("c/alpha")
+    assert "| holds partly (see its caveat) |" in text
     assert text.count(" **Of another network.** [Table](b/alpha/table.md)") == 1
     assert text.count("made up; briefly") == 1 and text.count("python reproduce.py alpha") == 1
     report.write(tmp_path / "c")  # an ablation alone

@@ -10,7 +10,7 @@ import torch
 import reproduce
 import train_corruption
 from datasets import synthetic
-from experiments import pretrain, settings
+from experiments import compose, pretrain, settings
 from experiments.study import Study
 from experiments.tables import BATCHNORM_ONLY, PATCHED, ROBUST, STANDARD, UNION, select
 from models import build_model
@@ -64,6 +64,12 @@ def test_seeds_after_the_first_with_few_corruptions(folder, tmp_path):
     assert {(row["corruption"], row["seed"]) for row in rows} == {
         *(("fog", 0), ("contrast", 0), ("fog", 1), ("another seed, clean", 1))
     }
+    groups = ("--groups", "fog+contrast", "fog+snow")
+    argv = arguments(folder, tmp_path, "compose", *more, "snow", *groups)
+    argv[argv.index("contrast")] = "contrast snow"
+    study = Study(reproduce.parse_args(" ".join(argv).split()))
+    made = [(job.settings["seed"], job.settings["corruption"]) for job in compose.jobs(study)]
+    assert made == [(0, ["fog", "contrast"]), (0, ["fog", "snow"]), (1, ["fog", "snow"])]
     few = ("--keep_nums", "2", "--bits", "4")
     reproduce.main(arguments(folder, tmp_path, "quantization", *few, *more))
     reproduce.main(["report", "--out", str(tmp_path)])
@@ -91,7 +97,8 @@ def test_ablations_measure_other_signatures_of_the_same_models(folder, tmp_path,
 
 def out_of(*argv):
     """Where the results go by default."""
-    args = reproduce.parse_args(["main", "--preset", "quick", "--dataset", "synthetic", *argv])
+    quick = ["quantization", "--preset", "quick", "--dataset", "synthetic"]
+    args = reproduce.parse_args([*quick, *argv])
     return reproduce.default_out(reproduce.Study(args), args.experiment)
 
 
