@@ -13,8 +13,6 @@ classic: Pillow image by image in a DataLoader, from decoded images and with wor
 contiguous float32, plain SGD, loss and accuracy read in every step.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import os

@@ -4,8 +4,6 @@ For the first hour with a new kind of GPU. Images and weights are made from seed
 has (recorded steps, waiting, memory of its own) is left out elsewhere.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

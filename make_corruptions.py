@@ -20,8 +20,6 @@ OUT/.made.json lists what is finished, and from which settings. The same command
 what was made otherwise is an error, or replaced with --overwrite. Processes may share one OUT.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import hashlib

@@ -18,8 +18,6 @@ Several values of --keep_num or --alpha give a row of the table each. Signatures
 Of several every image can choose its own: --signature signatures/*.rws --choose 1
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

@@ -11,8 +11,6 @@ table.csv, results.json, a figure) go to --out. --list prints the commands that 
 missing, one line each, for a cluster's queue.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -15,8 +15,6 @@ validation images: θ_std), model_RA_best.pth.tar (best on corrupted ones: θ_c)
 finished run). One process at a time; --resume after an interruption ends as if there were none.
 """
 
-from __future__ import annotations
-
 import contextlib
 import statistics
 import time

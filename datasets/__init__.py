@@ -6,8 +6,6 @@
 "all" is train and val together, in published row order; a corrupted copy is kept in that order.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

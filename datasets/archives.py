@@ -1,7 +1,5 @@
 """Where under --data a set lies: in the folder itself, one deeper, or in an archive to unpack."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 import tarfile

@@ -1,7 +1,5 @@
 """Banks of signatures (utils/fingerprint.py) on a data set: fitting fingerprints, measuring."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping, Sequence

@@ -6,8 +6,6 @@ The array lies in `<root>/.rws_cache/`, or in `$XDG_CACHE_HOME/robust-weight-sig
 a CRC-32 follows the array, so a damaged file is decoded anew too.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

@@ -4,8 +4,6 @@ Pickles: the first 45,000 training rows are train, the last 5,000 validation. Fo
 `image_folder`.
 """
 
-from __future__ import annotations
-
 import socket
 from pathlib import Path
 

@@ -8,8 +8,6 @@ Layouts (root is the folder given, or one in it; names may differ in case and in
 the clean set's rows, so both share one split.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

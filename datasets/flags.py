@@ -1,7 +1,5 @@
 """The flags that say which data, clean and corrupted, and the images they name."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Iterable, Sequence
 

@@ -4,8 +4,6 @@ Validation is a fixed, stratified 10 % of train: in each class the images whose 
 A corrupted copy under the same names is split alike, and so is the set on any other machine.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from dataclasses import dataclass

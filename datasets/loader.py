@@ -5,8 +5,6 @@ parameters of augmentation are drawn once per epoch, on the CPU, so they are the
 A set too large for the device stays in host memory, and what comes next is copied over meanwhile.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """Channel mean and standard deviation by which a model of a data set normalizes its input."""
 
-from __future__ import annotations
-
 import torch
 
 from datasets.images import ImageSet

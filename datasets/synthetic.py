@@ -10,8 +10,6 @@ The split `pretrain` plays ImageNet's part: 20 other classes.
     train, test = synthetic.load("train"), synthetic.load("test")
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

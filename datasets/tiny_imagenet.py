@@ -5,8 +5,6 @@ image that lies in two of these places once. The last 50 images of each training
 by number are validation, the published val images are the test set. Classes are the sorted wnids.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -9,8 +9,6 @@ quantization and transfer were revised after first measurements), and
     jobs(study) → list of Job       extra models that it needs; left out where there are none
 """
 
-from __future__ import annotations
-
 from experiments import (
     alpha,
     choose,

@@ -1,7 +1,5 @@
 """Adjustable in place: TA and RA over the strength α; whether taking off restores every bit."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from pathlib import Path

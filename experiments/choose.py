@@ -7,8 +7,6 @@ Further, on fewer images: lower severities; each corruption with its signature l
 what is named on a second data set, by the fingerprints of the first.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path

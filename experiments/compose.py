@@ -4,8 +4,6 @@ Beyond the paper: weights that are learnt on validation images (utils/learn.py),
 statistics of batch norm come from.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Whether two data sets give one signature: cosines between those of both (claim 3)."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from pathlib import Path

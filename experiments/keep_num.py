@@ -1,7 +1,5 @@
 """How many layers are enough: TA and RA over the number of shallow layers kept (claim 4)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean

@@ -1,7 +1,5 @@
 """Where robust and standard weights differ: ‖θ_c − θ_std‖ / ‖θ_std‖ per layer (claim 1)."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator
 from pathlib import Path

@@ -5,8 +5,6 @@ patches on their own, with TA as the mean over them. Patching a model with batch
 its statistics; what that alone does has a line of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean

@@ -4,8 +4,6 @@ Colours are Okabe and Ito's, each with a marker or hatch of its own; maps run fr
 to orange with the values written in. Every function saves a PNG, whole or not at all.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@
         --arch resnet18 --pretrain_classes even --preset quick
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 from collections.abc import Callable

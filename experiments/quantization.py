@@ -1,7 +1,5 @@
 """How many bits are enough: RA and TA over the bytes on disk, bits × layers kept (claim 4)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -6,8 +6,6 @@ A rule is the same for every study. Where several studies measured a claim it ho
 in all of them that can tell.
 """
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What reproduce.py is told: presets, flags, what follows from them, what doesn't go together."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Whether signatures tell corruptions apart: cosines, naming by the nearest mean (claim 2)."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from pathlib import Path

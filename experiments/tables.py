@@ -4,8 +4,6 @@ A row is {"seed", "corruption", "model", "TA", "RA", **knobs}, accuracies in per
 weights have "value" in place of TA and RA.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Signatures on a standard model of another data set, and on an updated backbone (claim 7)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

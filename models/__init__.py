@@ -4,8 +4,6 @@ model = build_model("vgg16", num_classes=10, mean=MEAN, std=STD)
 logits = model(images)          # images (N, 3, H, W) in [0, 1]; the model normalizes by itself
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 

@@ -5,8 +5,6 @@ residual block is one more, so VGG-16 has 13 layers and ResNet-50 has 17. The RW
 `keep_num` shallowest.
 """
 
-from __future__ import annotations
-
 import functools
 import random
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Channel normalization as the first layer of a model, so that checkpoints carry their own."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

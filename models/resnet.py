@@ -3,8 +3,6 @@
 He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

@@ -5,8 +5,6 @@ The max-pool after the fifth stage is left out, as in the network of the RWS aut
 pool takes the mean of 2×2 values for images of 32×32, of 4×4 for 64×64. No parameter shows it.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ A script names the flags it takes; those of the data are in datasets/flags.py. `
 same in every flag.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import re

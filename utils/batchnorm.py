@@ -6,8 +6,6 @@ momentum b/(n + b) for a batch of b after n images. For a strength a < 1 the res
 θ_std patched at α = 1; then no images are needed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import torch

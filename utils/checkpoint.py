@@ -9,8 +9,6 @@ half precision becomes float32. Nothing in a file is executed, and the checksums
     python -m utils.checkpoint convert FILE OUT     a plain state dict, with torchvision's keys
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os

@@ -8,8 +8,6 @@ weights and numbers; process 0 alone prints and writes. A process that torchrun 
 alone: rank 0 of 1, for which nothing here communicates.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

@@ -7,8 +7,6 @@ autocast; weights and the update stay float32. Activations take the memory forma
 (`to_device`). On CUDA the whole training step is one CUDA graph (`TrainStep`).
 """
 
-from __future__ import annotations
-
 import functools
 import gc
 import math

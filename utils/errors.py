@@ -5,8 +5,6 @@ refuses, ends it with one line `error: …` on stderr and exit status 2; anythin
 keeps its traceback.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import errno

@@ -6,8 +6,6 @@ is an flock, which the kernel lifts when its process ends, however it ends; syst
 (Windows, some network file systems) go unlocked.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import itertools

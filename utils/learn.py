@@ -6,8 +6,6 @@ by Adam from w = 1/n, on clean images and each corruption in equal parts. The lo
 or without labels the entropy of the predictions.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace

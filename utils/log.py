@@ -3,8 +3,6 @@
 {"std"|"patched": {"clean": [TA of each run], "robust": {corruption: latest RA}}}
 """
 
-from __future__ import annotations
-
 from numbers import Real
 from pathlib import Path
 from statistics import fmean

@@ -4,8 +4,6 @@ An accuracy is determined by the weights evaluated, the images and the arithmeti
 these by hashes, so one measured for one experiment serves every other, and a killed run goes on.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

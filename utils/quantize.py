@@ -12,8 +12,6 @@ What the definitions leave open:
   (−1, 1), ±8.66, instead of ±inf.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What a script prints and writes: the header, result tables, JSON with its provenance."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import io

@@ -7,8 +7,6 @@ be empty; version 1 is read too.
     python -m utils.signature_file show fog.rws
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

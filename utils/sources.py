@@ -1,7 +1,5 @@
 """What the flags of model_patching.py name: θ_pre, θ_std, every θ_c, signatures, outputs."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import re

@@ -5,8 +5,6 @@ checkpoints are read: NumPy's scalars and arrays of numbers and text, argparse.N
 defaultdict (as a dict), paths. What is no such file is named for what it is.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import pathlib

@@ -7,8 +7,6 @@ Every corruption is one function of (images, constants of one severity, random d
 blur.py, weather.py or digital.py, with the table of its constants beside it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import math

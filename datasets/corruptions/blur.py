@@ -5,8 +5,6 @@ is random, the draws, and returns uint8 (n, 3, H, W). Tables: {32: severities 1.
 48 pixels (CIFAR-10-C), 64: for larger ones (Tiny-ImageNet-C)}.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 

@@ -10,8 +10,6 @@ float32, and end with the definition's truncation.
 Run: from datasets.corruptions import corrupt; corrupt(images, "jpeg_compression", severity=5)
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -6,8 +6,6 @@ on the blocks before it. A chunk is a whole number of blocks. Every GPU draws th
 depend on the number of multiprocessors above some 32,000 values, so blocks are filled by pieces.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

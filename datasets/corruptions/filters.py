@@ -4,8 +4,6 @@ Linear filters along one axis are small dense matrices, borders included: on a b
 with a 32×32 or 64×64 matrix is faster than a loop over taps, on CPUs and GPUs alike.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 

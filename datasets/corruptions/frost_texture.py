@@ -19,8 +19,6 @@ How near they come, over 300 random crops of each texture, photographs → stand
 What they lack is the crystals' shapes.
 """
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 

@@ -5,8 +5,6 @@ returns uint8 (n, 3, H, W). x stands for the image in [0, 1]. Tables: {32: sever
 images up to 48 pixels (CIFAR-10-C), 64: for larger ones (Tiny-ImageNet-C)}.
 """
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

@@ -6,8 +6,6 @@ Each function takes uint8 (n, 3, H, W), the constants of one severity and, if it
 it returns uint8 (n, 3, H, W).
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
