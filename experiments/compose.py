@@ -121,6 +121,7 @@ def figure(rows: list[dict], path: Path) -> None:
         title = " +\n".join(names) if len(names) < 4 else f"{len(names)} corruptions"
         return title, _label(row)[1]
 
+    rows = [row for row in rows if row["model"] != STATISTICS]  # in the table
     plots.bars(rows, label, "RA, mean over the group, %", path)
 
 

@@ -28,7 +28,7 @@ from utils.files import replacing
 
 GREY, BLUE, ORANGE = "#999999", "#0072B2", "#E69F00"
 COLOURS = [BLUE, ORANGE, "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#F0E442"]
-HATCHES = ["", "", "//", "\\\\", "xx", "..", "--", "||"]
+HATCHES = ["", "", "//", "\\\\", "xx", "..", "--", "||", "++", "oo", "**"]
 DIVERGING = LinearSegmentedColormap.from_list("diverging", [BLUE, "white", ORANGE])
 LOOK = cycler(linestyle=["-", "--", ":"]) * (
     cycler(color=COLOURS) + cycler(marker=list("os^DvP*X"))
@@ -116,9 +116,11 @@ def bars(rows: Sequence[dict], label: Label, axis_label: str, path: Path) -> Non
     series = list(dict.fromkeys(name for values in groups.values() for name in values))
     width = 0.84 / len(series)
     inches = min(14.0, max(6.0, 0.16 * len(series) * len(groups) + 2))
-    figure, axis = plt.subplots(figsize=(inches, 4.2))
-    looks = itertools.cycle(zip([GREY, *COLOURS], HATCHES, strict=False))
-    for k, (name, (colour, hatch)) in enumerate(zip(series, looks, strict=False)):
+    entry = 0.07 * max(map(len, series)) + 0.5  # of the legend, inches
+    abreast = max(1, min(len(series), int(inches / entry)))
+    figure, axis = plt.subplots(figsize=(inches, 3.8 + 0.2 * -(-len(series) // abreast)))
+    looks = itertools.cycle([GREY, *COLOURS]), itertools.cycle(HATCHES)
+    for k, (name, colour, hatch) in enumerate(zip(series, *looks, strict=False)):
         each = {i: of[name] for i, of in enumerate(groups.values()) if name in of}
         places = [i + width * (k - (len(series) - 1) / 2) for i in each]
         sd = [stdev(values) if len(values) > 1 else np.nan for values in each.values()]  # or none
@@ -126,8 +128,7 @@ def bars(rows: Sequence[dict], label: Label, axis_label: str, path: Path) -> Non
         axis.bar(places, [fmean(v) for v in each.values()], width * 0.95, yerr=sd, **look)
     axis.set_xticks(range(len(groups)), list(groups), rotation=20 if inches > 8 else 0)
     axis.set_ylabel(axis_label)
-    entry = 0.07 * max(map(len, series)) + 0.5  # inches
-    legend_below(figure, axis, max(1, min(len(series), int(inches / entry))))
+    legend_below(figure, axis, abreast)
     save(figure, path)
 
 
