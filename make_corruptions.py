@@ -28,7 +28,6 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +46,7 @@ from datasets.images import ImageSet, fingerprint, stable_seed
 from utils import report
 from utils.arguments import Distinct, Parser, add, flag, several
 from utils.engine import choose_device
-from utils.errors import InputError, script_errors
+from utils.errors import InputError, script_errors, thread_pool
 from utils.files import check_writable, hold, replacing
 
 ALL_SEVERITIES = list(range(1, SEVERITIES + 1))
@@ -311,7 +310,7 @@ def write_array(path: Path, clean: ImageSet, settings: dict, chunks: Iterator[np
 def write_folder(path: Path, clean: ImageSet, settings: dict, chunks: Iterator[np.ndarray]) -> None:
     """NAME/SEVERITY: <class>/<file>.JPEG for each image."""
     names = iter(copy_names(clean))
-    with ThreadPoolExecutor() as pool:
+    with thread_pool() as pool:
         for pixels in chunks:
             list(pool.map(save_jpeg, pixels, (path / f"{next(names)}.JPEG" for _ in pixels)))
 

@@ -12,7 +12,6 @@ import os
 import warnings
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from utils.errors import InputError
+from utils.errors import InputError, thread_pool
 from utils.files import replacing
 
 WORKERS: int | None = None  # threads that decode images; None: one per core, at most 16
@@ -195,7 +194,7 @@ def _decode(folder: Path, names: list[str], image_size: int | None, title: str) 
         return len(piece)
 
     with (
-        ThreadPoolExecutor(WORKERS or min(16, os.cpu_count() or 1)) as pool,
+        thread_pool(WORKERS or min(16, os.cpu_count() or 1)) as pool,
         tqdm(total=len(names), desc=f"decoding {title}", unit="img", disable=None) as bar,
     ):
         for done in pool.map(decode, range(0, len(names), _PIECE)):

@@ -27,7 +27,7 @@ from tests.folders import write_folders
 from tests.forkserver import Server
 from utils import checkpoint as ckpt
 from utils import log, report, signature_file
-from utils.errors import InputError, script_errors
+from utils.errors import InputError, script_errors, thread_pool
 from utils.files import replacing
 from utils.signature import Method, RobustWeightSignature
 
@@ -223,6 +223,14 @@ def test_sigterm_ends_a_run_whose_threads_are_at_work(server, tmp_path):
     os.kill(job.pid, signal.SIGTERM)
     assert job.wait() == 143
     assert job.printed == "terminated\n" and not list(tmp_path.glob(".rws_cache/*"))
+
+
+def test_work_that_waits_for_a_thread_is_dropped_when_a_signal_ends_the_rest():
+    done = []
+    with pytest.raises(KeyboardInterrupt), thread_pool(1) as pool:
+        pool.map(lambda i: (time.sleep(0.05), done.append(i)), range(100))
+        raise KeyboardInterrupt
+    assert len(done) < 100
 
 
 def test_a_run_begun_anew_never_mixes_with_the_one_before(server, data, tmp_path):

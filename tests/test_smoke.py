@@ -15,10 +15,13 @@ from PIL import Image
 import model_patching
 import reproduce
 import train_corruption
+from datasets import synthetic
 from experiments import EXPERIMENTS, pretrain
 from experiments.tables import PATCHED, ROBUST, STANDARD, UNION, select
 from models import build_model
 from tests.test_reproduce import CPU, ROOT, results
+
+FEW = {"all": 1000, "test": 200, "pretrain": 1000}  # images of the synthetic set
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +30,10 @@ def smoke(tmp_path_factory):
     root = tmp_path_factory.mktemp("smoke")
     argv = ["all", "--preset", "smoke", "--dataset", "synthetic", "--arch", "vgg11", *CPU]
     argv += ["--runs", str(root / "runs"), "--out", str(root / "out")]
-    reproduce.main(argv)
-    return argv, root / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, "SIZES", FEW)
+        reproduce.main(argv)
+        yield argv, root / "out"
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -82,6 +87,8 @@ def test_an_experiment_of_the_readme_runs_and_is_reported(smoke, tmp_path):
     (tree / "experiments" / f"{name}.py").write_text(
         re.search(r"```python\n(.+?)```", section, flags=re.DOTALL)[1], encoding="utf-8"
     )
+    made = tree / "datasets" / "synthetic.py"
+    made.write_text(re.sub(r"^SIZES = .+", f"SIZES = {FEW}", made.read_text(), flags=re.MULTILINE))
     register = tree / "experiments" / "__init__.py"
     text = register.read_text().replace("    consistency,\n", f"    consistency,\n    {name},\n")
     register.write_text(text.replace("EXPERIMENTS = {", f'EXPERIMENTS = {{\n    "{name}": {name},'))

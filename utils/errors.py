@@ -14,6 +14,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 
 class InputError(ValueError):
@@ -74,3 +75,16 @@ def script_errors() -> Iterator[None]:
     finally:
         if ours:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def thread_pool(*args: object) -> Iterator[ThreadPoolExecutor]:
+    """A ThreadPoolExecutor(*args) that drops waiting work when an exception leaves it.
+
+    `map` does so by itself, but not when a signal interrupts it while it hands the work out.
+    """
+    pool = ThreadPoolExecutor(*args)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)

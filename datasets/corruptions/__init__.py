@@ -12,7 +12,6 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch import Tensor
 from datasets.corruptions import blur, digital, noise, weather
 from datasets.corruptions.draws import BLOCK, Draws
 from datasets.images import check_images
-from utils.errors import InputError, suggest
+from utils.errors import InputError, suggest, thread_pool
 
 # name → (function, its constants {32: severity 1..5, 64: the same for images above 48 pixels})
 _TABLE = {
@@ -182,7 +181,7 @@ def _for_each(work: Callable[[int], None], starts: range, device: torch.device) 
             work(start)
         return
     try:
-        with ThreadPoolExecutor(workers, "corrupt", torch.set_num_threads, (1,)) as pool:
+        with thread_pool(workers, "corrupt", torch.set_num_threads, (1,)) as pool:
             list(pool.map(work, starts))
     finally:
         torch.set_num_threads(threads)  # set in one thread, it is the default of later ones
