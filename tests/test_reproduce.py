@@ -260,6 +260,7 @@ def test_demo_on_few_images(tmp_path, monkeypatch, capsys):
     for split, size in (("all", 400), ("test", 200), ("pretrain", 400)):
         monkeypatch.setitem(synthetic.SIZES, split, size)
     few = ["--epochs", "1", "--pretrain_epochs", "1", "--corruptions", "fog", "gaussian_noise"]
+    few += ["--train_images", "128", "--test_images", "40"]
     demo = ["demo", *few, *CPU, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     reproduce.main(demo)
     names = {"table.md", "table.csv", "results.json", "main.png", "samples.png"}

@@ -21,14 +21,15 @@ from experiments.tables import PATCHED, ROBUST, STANDARD, UNION, select
 from models import build_model
 from tests.test_reproduce import CPU, ROOT, results
 
-FEW = {"all": 1000, "test": 200, "pretrain": 1000}  # images of the synthetic set
+FEW = {"all": 400, "test": 200, "pretrain": 400}  # images of the synthetic set
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """What `reproduce.py all --preset smoke --dataset synthetic` leaves behind."""
+    """What `reproduce.py all --preset smoke --dataset synthetic` leaves behind, of few images."""
     root = tmp_path_factory.mktemp("smoke")
     argv = ["all", "--preset", "smoke", "--dataset", "synthetic", "--arch", "vgg11", *CPU]
+    argv += ["--train_images", "128", "--test_images", "40"]
     argv += ["--runs", str(root / "runs"), "--out", str(root / "out")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(synthetic, "SIZES", FEW)
