@@ -22,6 +22,7 @@ import model_patching
 import train_corruption
 from models import build_model
 from tests.folders import write_folders
+from tests.narrow import narrow  # noqa: F401
 from utils import checkpoint as ckpt
 from utils import signature_file
 from utils.errors import InputError

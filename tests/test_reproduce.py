@@ -13,8 +13,9 @@ from datasets import synthetic
 from experiments import compose, pretrain, settings
 from experiments.study import Study
 from experiments.tables import BATCHNORM_ONLY, PATCHED, ROBUST, STANDARD, UNION, select
-from models import build_model
+from models import build_model, vgg
 from tests.folders import write_folders
+from tests.narrow import CHANNELS
 from utils.errors import InputError
 from utils.measurements import Measurements
 
@@ -259,6 +260,7 @@ def test_a_model_that_fails_is_named_with_its_log(folder, tmp_path, capsys):
 def test_demo_on_few_images(tmp_path, monkeypatch, capsys):
     for split, size in (("all", 400), ("test", 200), ("pretrain", 400)):
         monkeypatch.setitem(synthetic.SIZES, split, size)
+    monkeypatch.setitem(vgg.cfgs, "A", CHANNELS)
     few = ["--epochs", "1", "--pretrain_epochs", "1", "--corruptions", "fog", "gaussian_noise"]
     few += ["--train_images", "128", "--test_images", "40"]
     demo = ["demo", *few, *CPU, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]

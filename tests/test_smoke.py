@@ -19,6 +19,7 @@ from datasets import synthetic
 from experiments import EXPERIMENTS, pretrain
 from experiments.tables import PATCHED, ROBUST, STANDARD, UNION, select
 from models import build_model
+from tests.narrow import CHANNELS, narrow  # noqa: F401
 from tests.test_reproduce import CPU, ROOT, results
 
 FEW = {"all": 400, "test": 200, "pretrain": 400}  # images of the synthetic set
@@ -90,6 +91,8 @@ def test_an_experiment_of_the_readme_runs_and_is_reported(smoke, tmp_path):
     )
     made = tree / "datasets" / "synthetic.py"
     made.write_text(re.sub(r"^SIZES = .+", f"SIZES = {FEW}", made.read_text(), flags=re.MULTILINE))
+    made = tree / "models" / "vgg.py"
+    made.write_text(made.read_text().replace("VGGS =", f'cfgs["A"] = {CHANNELS}\nVGGS ='))
     register = tree / "experiments" / "__init__.py"
     text = register.read_text().replace("    consistency,\n", f"    consistency,\n    {name},\n")
     register.write_text(text.replace("EXPERIMENTS = {", f'EXPERIMENTS = {{\n    "{name}": {name},'))
