@@ -4,6 +4,7 @@ import pytest
 
 from models import vgg
 
+WIDE = vgg.cfgs["A"]
 CHANNELS = [16, "M", 32, "M", 32, 32, "M", 64, 64, "M", 64, 512, "M"]
 
 

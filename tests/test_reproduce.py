@@ -15,7 +15,7 @@ from experiments.study import Study
 from experiments.tables import BATCHNORM_ONLY, PATCHED, ROBUST, STANDARD, UNION, select
 from models import build_model, vgg
 from tests.folders import write_folders
-from tests.narrow import CHANNELS
+from tests.narrow import WIDE, narrow  # noqa: F401
 from utils.errors import InputError
 from utils.measurements import Measurements
 
@@ -240,8 +240,12 @@ def test_list_names_the_pretraining_first(tmp_path, capsys):
     assert reproduce.parse_args(shlex.split(lines[0])[2:]).pretrained in lines[2]
 
 
-def test_several_devices_train_in_processes_of_their_own(folder, tmp_path):
-    reproduce.main(arguments(folder, tmp_path, "layers", "--devices", "cpu", "cpu"))
+def test_several_devices_train_in_processes_of_their_own(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(vgg.cfgs, "A", WIDE)  # as it is in those
+    torch.save(build_model("vgg11", 3).state_dict(), tmp_path / "pre.pth")
+    argv = arguments(folder, tmp_path, "layers", "--devices", "cpu", "cpu")
+    argv[argv.index("--pretrained") + 1] = str(tmp_path / "pre.pth")
+    reproduce.main(argv)
     seed = tmp_path / "runs" / f"folder-{folder.name}_vgg11_smoke" / "seed0"
     for name in ("standard", "robust/fog", "robust/contrast"):
         assert "val clean" in (seed / name / "train.log").read_text()
@@ -260,7 +264,6 @@ def test_a_model_that_fails_is_named_with_its_log(folder, tmp_path, capsys):
 def test_demo_on_few_images(tmp_path, monkeypatch, capsys):
     for split, size in (("all", 400), ("test", 200), ("pretrain", 400)):
         monkeypatch.setitem(synthetic.SIZES, split, size)
-    monkeypatch.setitem(vgg.cfgs, "A", CHANNELS)
     few = ["--epochs", "1", "--pretrain_epochs", "1", "--corruptions", "fog", "gaussian_noise"]
     few += ["--train_images", "128", "--test_images", "40"]
     demo = ["demo", *few, *CPU, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
