@@ -65,6 +65,7 @@ def session(device: str) -> Iterator[None]:
             for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
                 stack.enter_context(redirect(nowhere))
         yield
+        wait_for_all()  # nobody leaves while another still communicates
 
 
 @contextlib.contextmanager
