@@ -21,6 +21,7 @@ from utils.measurements import Measurements
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = ["--device", "cpu", "--no_amp"]
+FEW = {"all": 400, "test": 200, "pretrain": 400}  # images of the synthetic set
 
 
 @pytest.fixture(scope="module")
@@ -262,8 +263,7 @@ def test_a_model_that_fails_is_named_with_its_log(folder, tmp_path, capsys):
 
 
 def test_demo_on_few_images(tmp_path, monkeypatch, capsys):
-    for split, size in (("all", 400), ("test", 200), ("pretrain", 400)):
-        monkeypatch.setitem(synthetic.SIZES, split, size)
+    monkeypatch.setattr(synthetic, "SIZES", FEW)
     few = ["--epochs", "1", "--pretrain_epochs", "1", "--corruptions", "fog", "gaussian_noise"]
     few += ["--train_images", "128", "--test_images", "40"]
     demo = ["demo", *few, *CPU, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]

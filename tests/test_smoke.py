@@ -20,9 +20,7 @@ from experiments import EXPERIMENTS, pretrain
 from experiments.tables import PATCHED, ROBUST, STANDARD, UNION, select
 from models import build_model
 from tests.narrow import CHANNELS, narrow  # noqa: F401
-from tests.test_reproduce import CPU, ROOT, results
-
-FEW = {"all": 400, "test": 200, "pretrain": 400}  # images of the synthetic set
+from tests.test_reproduce import CPU, FEW, ROOT, results
 
 
 @pytest.fixture(scope="module")
