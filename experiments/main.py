@@ -71,6 +71,10 @@ def table(rows: list[dict], study) -> tables.Table:
 
 def figure(rows: list[dict], path: Path) -> None:
     plots.accuracy_bars(rows, path, _label)
+    if len(tables.distinct(rows, "corruption")) > tables.MANY:
+        ra = [{"c": r["corruption"], "of": _label(r)[0], "value": r["RA"] / 100} for r in rows]
+        place = path.with_name(f"{path.stem}_corruptions.png")
+        plots.heat_map(*tables.pivot(ra, "c", "of"), place, label="RA, share of images")
 
 
 def verdict(rows: list[dict]) -> tables.Verdict:

@@ -102,8 +102,11 @@ def accuracy_panels(rows: Sequence[dict], over: str, label: str, path: Path) -> 
 
 
 def accuracy_bars(rows: Sequence[dict], path: Path, label: Label = tables.by_model) -> None:
-    """RA of every line of a table (`tables.accuracies`): the mean, and each corruption."""
-    shown = [row | {"group": name} for row in rows for name in ("all", row["corruption"])]
+    """RA of every line of a table (`tables.accuracies`): the mean, and each of `tables.parts`."""
+    groups = {"all": tables.distinct(rows, "corruption"), **tables.parts(rows)}
+    shown = [
+        r | {"group": g} for g, names in groups.items() for r in rows if r["corruption"] in names
+    ]
     bars(shown, lambda row: (row["group"], *label(row)), "RA, %", path)
 
 
@@ -177,7 +180,7 @@ def heat_map(
     """
     rows, values = list(lines), np.array(list(lines.values()))
     square = bool(groups) and len(rows) > 2
-    size = (0.62 * max(len(rows), len(columns)) + (5 if square else 3.5), 0.53 * len(rows) + 1.7)
+    size = (0.62 * len(columns) + (5 if square else 3.5), 0.53 * len(rows) + 1.7)
     ratios = [size[0] - 3, 2.6] if square else [1]
     figure, panels = plt.subplots(1, len(ratios), figsize=size, width_ratios=ratios, squeeze=False)
     axis = panels[0, 0]

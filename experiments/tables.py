@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from datasets.corruptions import FAMILIES
 from utils.report import recovered
 
 STANDARD, PATCHED, ROBUST = "standard", "patched", "robust"
@@ -17,6 +18,7 @@ BATCHNORM_ONLY = "batch norm re-estimated only"
 
 HOLDS, PARTLY, FAILS = "holds", "holds partly", "does not hold"
 UNTOLD = "cannot be told"
+MANY = 8  # corruptions; more are told by family
 Label = Callable[[dict], tuple[str, ...]]  # the line of a table that a row belongs to
 Verdict = tuple[str, str]  # one of the four, and in words what was measured
 NO_GAIN: Verdict = (FAILS, "no robust model gains RA here, so there is nothing to recover")
@@ -90,6 +92,22 @@ def matrix(
     return Table([corner, *heads], cells, note)
 
 
+def parts(rows: Sequence[dict]) -> dict[str, list[str]]:
+    """Of which corruptions a table tells RA: of each; of families where there are MANY.
+
+    Of many, those that more seeds have than others are told one by one, too: they have a spread.
+    """
+    seeds = {
+        c: len(distinct(select(rows, corruption=c), "seed")) for c in distinct(rows, "corruption")
+    }
+    families: dict[str, list[str]] = {}
+    if len(seeds) > MANY:
+        for c in seeds:
+            families.setdefault(FAMILIES[c], []).append(c)
+    single = [c for c, n in seeds.items() if not families or n > min(seeds.values())]
+    return families | {c: [c] for c in single}
+
+
 def whole_seeds(rows: Sequence[dict]) -> list[list[dict]]:
     """The rows of each seed that has every corruption."""
     count = len(distinct(rows, "corruption"))
@@ -118,12 +136,12 @@ def accuracies(
     extra: Mapping[str, Callable[[list[dict]], object]] | None = None,
     recovers: bool = True,
 ) -> Table:
-    """A line for each label: TA, RA, the share recovered, RA under each corruption.
+    """A line for each label: TA, RA, the share recovered, RA under each of `parts`.
 
     head: the names of what `label` gives; extra: further columns behind it, each from the rows of a
     line. Means over corruptions take the seeds that have every corruption of the line.
     """
-    names, extra, lines = distinct(rows, "corruption"), extra or {}, []
+    of_parts, extra, lines = parts(rows), extra or {}, []
     of_label = grouped(rows, label)
     cases = list(dict.fromkeys(key[:-1] for key in of_label))
 
@@ -140,10 +158,12 @@ def accuracies(
             bound = of_line[0]["model"] in (STANDARD, ROBUST)
             each = [] if bound else [shares(rows, of_seed) for of_seed in whole]
             line.append(spread(fmean(s) for s in each if s))
-        line += [spread(r["RA"] for r in select(of_line, corruption=c)) for c in names]
+        for names in of_parts.values():
+            whole = whole_seeds([row for row in of_line if row["corruption"] in names])
+            line.append(spread(mean(of_seed, "RA") for of_seed in whole))
         lines.append(line)
     columns = [*head, *extra, "TA, %", "RA, %", *(["recovered, %"] if recovers else [])]
-    return Table([*columns, *(f"RA {c}, %" for c in names)], lines)
+    return Table([*columns, *(f"RA {part}, %" for part in of_parts)], lines)
 
 
 def graded(share: float, holds: float, partly: float) -> str:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from datasets.corruptions import CORRUPTIONS, FAMILIES
 from experiments import EXPERIMENTS, report, tables
 from experiments.alpha import TAKEN_OFF
 from experiments.choose import CHOSEN, ORACLE, further
@@ -217,6 +218,22 @@ def test_table_means_over_whole_seeds_and_spreads():
         ["patched", "90.0", "65.0", "75.0", "62.0 ± 2.8", "70.0"],
         ["robust", "90.0", "70.0", None, "70.0 ± 0.0", "70.0"],
     ]
+
+
+def test_many_corruptions_are_told_by_family_and_one_by_one_where_they_have_a_spread(tmp_path):
+    rows = []
+    for seed, names in ((0, CORRUPTIONS), (1, ("fog", "contrast"))):
+        for ra, name in enumerate(names, start=60):
+            some = between(50, 80, patched(ra, bits=32, bytes=100))
+            rows += [r | {"seed": seed, "corruption": name} for r in some]
+    made = tables.accuracies(rows)
+    families = [f"RA {part}, %" for part in ("noise", "blur", "weather", "digital")]
+    assert made.columns[4:] == [*families, "RA fog, %", "RA contrast, %"]
+    (line,) = [line for line in made.lines if line[0] == PATCHED]
+    of_noise = [60 + CORRUPTIONS.index(c) for c in CORRUPTIONS if FAMILIES[c] == "noise"]
+    assert line[4] == f"{sum(of_noise) / len(of_noise):.1f}" and "±" in line[-1]
+    EXPERIMENTS["main"].figure(rows, tmp_path / "main.png")
+    assert {p.name for p in tmp_path.iterdir()} == {"main.png", "main_corruptions.png"}
 
 
 # ---- report ---------------------------------------------------------------------------------
