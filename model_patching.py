@@ -242,6 +242,7 @@ class Patching:
         if has_batchnorm(self.target):  # its statistics come from corrupted training images
             severities = [self.severities[c] for c in total.corruptions]
             key += f" {total.corruptions} {severities} {self.args.seed} {sum(w)}"
+            key += f" {self.args.corruption_data}" if self.args.corruption_data else ""
         return self.measure(key, names, f"against {total.name}", self.patched(signatures, w))
 
     def batchnorm_only(self, names: Sequence[str]) -> dict | None:
@@ -380,6 +381,8 @@ def print_header(run: Patching) -> None:
     if has_batchnorm(run.target):
         kept = run.stored and run.total(run.stored, args.alpha[:1] * len(run.stored)).statistics
         facts["batch norm"] = "from the files" if kept else "re-estimated on training images"
+        if args.save_signature and not (kept or args.patched_model or args.learn_alpha):
+            facts["batch norm"] += ", for each signature by itself, as its file has it"
     if ablation := replace(run.method, keep_num=Method.keep_num).words():
         facts["method"] = ablation
     report.header("model_patching.py", facts)

@@ -65,6 +65,7 @@ def unpack(archive: Path, folder: Path) -> None:
             (inner if inner.is_dir() else work).rename(folder)
         # Damaged archives raise anything from OSError to zlib.error and EOFError.
         except Exception as error:
-            raise InputError(f"cannot unpack {archive}: {error}") from error
+            hint = "if it is half a download, delete it and start again"
+            raise InputError(f"cannot unpack {archive}: {error}; {hint}") from error
         finally:
             shutil.rmtree(work, ignore_errors=True)

@@ -19,7 +19,9 @@ from utils.report import markdown_table
 INTRODUCTION = (
     "Written by `python reproduce.py report` from the results.json files below this folder. TA: "
     "accuracy on clean test images, RA: on corrupted ones, both in %. Models are chosen on "
-    "validation images; ± is the standard deviation over seeds."
+    "validation images; ± is the standard deviation over seeds. The rules were fixed "
+    "before results were seen, but those of layers, keep_num, quantization and transfer were "
+    "revised after first measurements."
 )
 
 

@@ -94,6 +94,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     names = "dataset image_size classes train_images test_images data severity frost_dir"
     arguments.add(data, names, flags.FLAGS)
+    told = "measure on this published corrupted set; models are trained on generated copies"
+    arguments.add(data, "corruption_data", flags.FLAGS, help=told, type=arguments.folder)
     arguments.add(data, "title corruptions", FLAGS)
     models = parser.add_argument_group("models")
     arguments.add(models, "arch pretrained pretrained_path checkpoint_key")

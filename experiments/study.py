@@ -137,7 +137,7 @@ class Study:
         args.image_size, args.classes = args.target_image_size, args.target_classes
         args.epochs, args.decreasing_lr = recipe(args.target_epochs or args.epochs)
         args.corruptions, args.repeat_corruptions = args.target_corruptions, None
-        args.seeds, args.target_dataset = args.seeds[:1], None
+        args.seeds, args.target_dataset, args.corruption_data = args.seeds[:1], None, None
         target = Study(args)
         if target.name == self.name:
             raise InputError("--target_dataset is --dataset itself; name another, or its classes")
@@ -251,7 +251,7 @@ class Study:
         args.base_model, args.patched_model = self.standard(seed), target
         args.corruption_model_root = self.robust_root(seed)
         args.signature, args.choose = [], None
-        args.corruption_data, args.test_all_corruptions = None, False
+        args.test_all_corruptions = False
         run = Patching(args, self.method, self._kept)
         if target is not None:  # its lineage is another by design, no reason to warn
             run.target.pretrained_hash = None

@@ -44,13 +44,14 @@ def test_python_example_runs(tmp_path, monkeypatch):
 
 def test_bank_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("bank").mkdir()
     model, images = build_model("vgg16", 10), synthetic.load("val").images[:40]
     torch.save(model.state_dict(), "standard.pth")
     for name in ("fog", "snow"):
         copies = [corrupt(images, name, s) for s in range(1, 6)]
         tensors = {"features.0.weight": torch.ones(64, 3, 3, 3)}
         known = {"corruptions": (name,), "fingerprint": fit([images, *copies])}
-        RobustWeightSignature(tensors, "vgg16", Method(), **known).save(f"{name}.rws")
+        RobustWeightSignature(tensors, "vgg16", Method(), **known).save(f"bank/{name}.rws")
     names = {"images": copies[4].float() / 255}
     exec(re.findall(r"```python\n(from models.+?)```", README, flags=re.DOTALL)[0], names)
     assert names["logits"].shape == (40, 10)
@@ -73,4 +74,4 @@ def test_commands_parse(command):
 
 
 def test_there_are_commands():
-    assert len(commands()) == 7
+    assert len(commands()) == 8

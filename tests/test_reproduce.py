@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import make_corruptions
 import reproduce
 import train_corruption
 from datasets import synthetic
@@ -78,6 +79,21 @@ def test_seeds_after_the_first_with_few_corruptions(folder, tmp_path):
     assert "2 layers at 4 bits" in (tmp_path / "README.md").read_text()
     reproduce.main(arguments(folder, tmp_path, "keep-num", "--keep_nums", "2", *more))
     assert "±" in (tmp_path / "keep-num" / "table.md").read_text()
+
+
+def test_a_published_corrupted_set_is_what_is_measured(folder, tmp_path):
+    published = tmp_path / "published"
+    data = ["--dataset", "folder", "--data", str(folder), "--out", str(published)]
+    make_corruptions.main([*data, "--corruption", "fog", "contrast", "--seed", "7"])
+    here = arguments(folder, tmp_path, "alpha", "--corruption_data", str(published))
+    reproduce.main(here)
+    sources = results(tmp_path / "alpha")["sources"]
+    assert {name: Path(sources[name]).name for name in ("fog", "contrast")} == {
+        "fog": "fog.npy",
+        "contrast": "contrast.npy",
+    }
+    with pytest.raises(SystemExit):
+        reproduce.main([*here, "--corruption_data", str(tmp_path / "none")])
 
 
 def test_ablations_measure_other_signatures_of_the_same_models(folder, tmp_path, monkeypatch):
