@@ -15,12 +15,15 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from datasets import synthetic
+from datasets import bank, synthetic
 from datasets.corruptions import CORRUPTIONS, corrupt
 from datasets.images import ImageSet
 from datasets.loader import AUGMENTATIONS, BatchLoader
 from models import build_model
 from utils import engine
+from utils.batchnorm import reestimate, running_statistics
+from utils.learn import learn
+from utils.signature import Method, RobustWeightSignature, patch
 
 CPU, IMAGES = torch.device("cpu"), 512
 Ways = Mapping[str, Callable[[], object]]
@@ -49,7 +52,7 @@ def check(args: Namespace, device: torch.device) -> Iterator[dict]:
         told = {"check": what, "figure": f"{figure:.3g}", "at most": f"{most:g}"}
         return told | {"result": "pass" if figure <= most else "fail"}
 
-    parts = [corruptions, batches, logits, training]
+    parts = [corruptions, batches, logits, signatures, training]
     parts += [recording, waiting, memory] if device.type == "cuda" else []
     for part in (*parts, speed):
         # Float32 is to be float32, and twice the same; but speed is that of the scripts.
@@ -112,6 +115,34 @@ def logits(args: Namespace, device: torch.device, images: ImageSet) -> Figures:
             yield what, (away / expected.abs().max()).item(), most
 
 
+def signatures(args: Namespace, device: torch.device, images: ImageSet) -> Figures:
+    """What a ResNet-18 does with signatures that lie on the CPU, beside a CPU's."""
+    found = []
+    for where in (CPU, device):
+        torch.manual_seed(0)
+        model = build_model("resnet18", 10).eval()
+        of_stem = {"conv1.weight": 0.1 * torch.randn_like(model.conv1.weight)}
+        rws = RobustWeightSignature(of_stem, "resnet18", Method(), corruptions=("fog",))
+        model = engine.to_device(model, where, False)
+        with patch(model, rws):
+            reestimate(model, [BatchLoader(images, 128, device=where)])
+            statistics = running_statistics(model)
+        chooser, mixed = bank.example(rws, model)
+        logits = chooser.apply(model, mixed, torch.arange(len(mixed), device=where) % 31)
+        parts = images.images, images.images.to(where)
+        how = {"per_layer": False, "statistics": statistics, "steps": 5}
+        learnt = learn(model, [rws], parts, images.labels, **how)
+        each = [
+            torch.cat([t.flatten() for t in statistics.values()]),
+            logits,
+            learnt.weights["fog"],
+        ]
+        found.append([tensor.double().cpu() for tensor in each])
+    names = "re-estimated statistics of batch norm", "logits of a bank", "learnt weights"
+    for what, mine, its in zip(names, *found, strict=True):
+        yield f"{what}: difference", ((mine - its).abs().max() / mine.abs().max()).item(), 1e-2
+
+
 def epochs(
     device: torch.device, images: ImageSet, amp: bool, recorded: bool = True, resident: bool = True
 ) -> Callable[[], engine.TrainStats]:
@@ -125,9 +156,15 @@ def epochs(
 
 
 def training(args: Namespace, device: torch.device, images: ImageSet) -> Figures:
-    """The loss of an epoch of plain steps beside a CPU's."""
-    mine, its = (epochs(where, images, False, recorded=False)().loss for where in (CPU, device))
-    yield "training, float32: difference of the loss, as a share", abs(its / mine - 1), 0.01
+    """The loss of an epoch of plain steps beside a CPU's; then of one that goes on from there."""
+    mine, its = (epochs(where, images, False, recorded=False) for where in (CPU, device))
+    what = "training, float32: difference of the loss, as a share"
+    yield what, abs(its().loss / mine().loss - 1), 0.01
+    model, _, optimizer = its.args
+    model.load_state_dict(mine.args[0].state_dict())
+    optimizer.load_state_dict(mine.args[2].state_dict())
+    its.keywords["step"] = engine.TrainStep(model, optimizer, amp=False)
+    yield f"resumed {what}", abs(its().loss / mine().loss - 1), 0.01
 
 
 def recording(args: Namespace, device: torch.device, images: ImageSet) -> Figures:

@@ -102,6 +102,7 @@ class Patching:
         self.prints = {name: fingerprint(images) for name, images in sets.items()}
         self._target_hash = ckpt.tensors_hash(self.target.state_dict())
         self._signatures: dict[tuple[str, Method], RobustWeightSignature] = {}
+        self._training_set: dict[str, ImageSet] = {}  # the last one that was corrupted
 
     @functools.cached_property
     def _clean_train(self) -> ImageSet:
@@ -200,7 +201,11 @@ class Patching:
         return corrupted_set(clean, name, split, how)
 
     def _training_batches(self, name: str) -> BatchLoader:
-        images = self.corrupted(self._clean_train, name, "train", self.severities[name])
+        if name not in self._training_set:
+            self._training_set.clear()  # room for the next; a sweep needs the last again and again
+            images = self.corrupted(self._clean_train, name, "train", self.severities[name])
+            self._training_set[name] = images
+        images = self._training_set[name]
         how = {"augment": augmentation_for(images.name), "shuffle": True, "seed": self.args.seed}
         return BatchLoader(images, BN_BATCH, device=self.device, **how)
 

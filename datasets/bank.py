@@ -43,7 +43,8 @@ def fingerprinted(
     few = spaced(clean, -(-len(clean) // 10)).to(next(model.parameters()).device)
     alphas = strengths(model, signature, copies(few), few.labels)
     clean = spaced(clean, FITTED)
-    return replace(signature, fingerprint=fit([clean.images, *copies(clean)], alphas))
+    parts = [images.to(few.labels.device) for images in (clean.images, *copies(clean))]
+    return replace(signature, fingerprint=fit(parts, alphas))
 
 
 def calibrated(

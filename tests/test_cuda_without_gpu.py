@@ -28,7 +28,7 @@ from datasets.loader import BatchLoader, evaluation_batches
 from models import build_model
 from tests.test_engine import make_set, sgd, small_model
 from utils import checkpoint as ckpt
-from utils import signature
+from utils import learn, signature
 from utils.batchnorm import reestimate
 from utils.engine import TrainStep
 from utils.signature import RobustWeightSignature, patch
@@ -218,6 +218,15 @@ def test_a_signature_on_the_cpu_patches_a_model_on_the_gpu(gpu, no_values):
                 assert devices([model(images) for images, _ in batches]) == {"cuda"}
             assert not gpu.waits
     assert devices(model.state_dict()) == {"cuda"}
+
+
+def test_weights_are_learnt_from_images_on_both_devices(gpu):
+    images = torch.empty(20, 3, 32, 32, dtype=torch.uint8)
+    labels = torch.zeros(20, dtype=torch.int64)
+    parts = [images, images.to(CUDA)]
+    for of in (labels, None):
+        batches = learn._batches(parts, of, 2, torch.Generator(), CUDA)
+        assert devices(list(batches)) == {"cuda"}
 
 
 @pytest.mark.parametrize("places", [("cpu", "cuda", "cpu"), ("cuda", "cpu", "cuda")])

@@ -129,6 +129,21 @@ def test_amp_is_bf16_in_the_forward_pass_alone(amp):
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+def test_a_run_goes_on_in_another_memory_format():
+    """Momentum is loaded with the strides it was saved with, which fused SGD takes for its own."""
+    data, saved, ends = make_set(), small_model(), []
+    train_epoch(saved, BatchLoader(data, 8), before := sgd(saved, 0.05), amp=False)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = small_model()
+        model.load_state_dict(saved.state_dict())
+        model.to(memory_format=layout)
+        optimizer = sgd(model, 0.05)
+        optimizer.load_state_dict(before.state_dict())
+        train_epoch(model, BatchLoader(data, 8), optimizer, amp=False)
+        ends.append(model.state_dict())
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
+
+
 @needs_gpu
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("arch", ["vgg11", "resnet18"])

@@ -88,8 +88,8 @@ def test_one_weight_per_signature_or_per_layer(arch, per_layer, count):
 def test_batches_hold_every_part_alike_and_no_image_twice(monkeypatch):
     monkeypatch.setattr(learning, "BATCH", 7)  # two of each of three parts
     _, _, parts, labels = world()
-    seen = [[], [], []]
-    for images, wanted in learning._batches(parts, labels, 3, torch.Generator()):
+    seen, how = [[], [], []], (parts, labels, 3, torch.Generator(), torch.device("cpu"))
+    for images, wanted in learning._batches(*how):
         assert len(images) == len(wanted) == 6
         for k, (x, y) in enumerate(zip(images, wanted, strict=True)):
             (i,) = [i for i in range(6) if torch.equal(parts[k // 2][i], x)]

@@ -89,19 +89,20 @@ def reestimate(
         layer.train()
     seen, whole = 0, False
     try:
-        for loader in loaders:
-            batches = [loader] if _is_batch(loader) else loader  # `loaders` is one loader
-            for batch in tqdm(batches, desc="batch-norm statistics", disable=None, leave=False):
-                images = (batch if isinstance(batch, Tensor) else batch[0]).to(device)
-                if not len(images):
-                    continue
-                if not images.is_floating_point():
-                    images = images.float() / 255
-                for layer in layers:
-                    layer.momentum = len(images) / (seen + len(images))
-                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        # One context for all, so that weights are cast to bf16 once.
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            for loader in loaders:
+                batches = [loader] if _is_batch(loader) else loader  # `loaders` is one loader
+                for batch in tqdm(batches, desc="batch-norm statistics", disable=None, leave=False):
+                    images = (batch if isinstance(batch, Tensor) else batch[0]).to(device)
+                    if not len(images):
+                        continue
+                    if not images.is_floating_point():
+                        images = images.float() / 255
+                    for layer in layers:
+                        layer.momentum = len(images) / (seen + len(images))
                     model(images)
-                seen += len(images)
+                    seen += len(images)
         if not seen:
             raise InputError("no images to re-estimate the batch-norm statistics from")
         whole = True

@@ -108,7 +108,8 @@ def synchronized(model: nn.Module) -> nn.Module:
 
 def data_parallel(model: nn.Module) -> nn.Module:
     """`model`, or a wrapper whose backward pass averages the gradients over the processes."""
-    return model if ranks() == 1 else DistributedDataParallel(model)
+    # Buffers need no broadcast in every step: see `synchronized` and `share_buffers`.
+    return model if ranks() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def share_buffers(model: nn.Module) -> None:

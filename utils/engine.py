@@ -191,6 +191,9 @@ class TrainStep:
         if self.device.type == "cuda" and fused and distributed.ranks() == 1:
             self.rate = torch.zeros((), device=self.device)
             self.stream = _recording_stream(self.device)
+        for parameter, state in optimizer.state.items():  # loaded: laid out as where it was saved
+            if (momentum := state.get("momentum_buffer")) is not None:
+                state["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
         self.graph: torch.cuda.CUDAGraph | None = None
         # The key of the graph, or without one that of the last step and how many had it before.
         self.key, self.alike = None, 0

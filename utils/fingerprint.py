@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -154,17 +155,30 @@ class SignatureBank:
         whiten = torch.linalg.inv(root)
         self._gaussians = [t.float() for t in (mean, whiten, constant)]
         # Severities of one strength are one form of the signature; strength 0 is none.
-        self.forms: list[tuple[RobustWeightSignature | None, float]] = [(None, 0.0)]
         told = [(c, a) for c, p in enumerate(prints) for a in p["strength"].tolist()]
         known = {key: i for i, key in enumerate(dict.fromkeys(k for k in told if k[1] > 0), 1)}
-        self.forms += [(signatures[c], a) for c, a in known]
         self._form_of = torch.tensor([0, *(known.get(key, 0) for key in told)])
+        self._known, self._device = tuple(known), None
+        self._move(torch.device("cpu"))
 
     @classmethod
     def load(cls, paths: Iterable[str | os.PathLike]) -> SignatureBank:
         """The bank of these .rws files."""
         paths = list(paths)
         return cls([RobustWeightSignature.load(path) for path in paths], paths)
+
+    def _move(self, device: torch.device) -> None:
+        """Keep what is computed with on `device`, where images and model are."""
+        if device != self._device:
+            self._device = device
+            self._gaussians = [t.to(device) for t in self._gaussians]
+            self._form_of = self._form_of.to(device)
+            for i, s in enumerate(self.signatures):
+                parts = {"tensors": s.tensors, "statistics": s.statistics}
+                moved = {n: {k: t.to(device) for k, t in of.items()} for n, of in parts.items()}
+                self.signatures[i] = replace(s, **moved)
+            self.forms: list[tuple[RobustWeightSignature | None, float]] = [(None, 0.0)]
+            self.forms += [(self.signatures[c], a) for c, a in self._known]
 
     def log_likelihood(self, images: Tensor, together: int = 1) -> Tensor:
         """Float32 (groups, choices), of images (n, 3, H, W) in [0, 1], `together` in a row a group.
@@ -174,7 +188,8 @@ class SignatureBank:
         if (size := tuple(images.shape[2:])) != self.size:
             told = ", ".join("×".join(map(str, s)) for s in (size, self.size))
             raise InputError(f"images and fingerprints differ in size ({told}): resize the images")
-        mean, whiten, constant = (t.to(images.device) for t in self._gaussians)
+        self._move(images.device)
+        mean, whiten, constant = self._gaussians
         with torch.autocast(images.device.type, enabled=False):
             off = image_statistics(images)[:, None] - mean
             off = torch.einsum("kij,nkj->nki", whiten, off)
@@ -208,7 +223,8 @@ class SignatureBank:
         for s in self.signatures:
             check_fits(model, s)
         shallow, deep = split(model, {key for s in self.signatures for key in s.tensors})
-        form = self._form_of.to(images.device)[choice]
+        self._move(images.device)
+        form = self._form_of[choice]
         order = form.argsort()
         parts = images[order].split(form.bincount(minlength=len(self.forms)).tolist())
         cudnn = torch.backends.cudnn

@@ -63,16 +63,14 @@ def learn(
     def total() -> dict[str, Tensor]:
         return {k: torch.tensordot(w[:, i], RWS[k], 1) for k, i in place.items()}
 
-    batches = _batches(parts, labels, steps, torch.Generator().manual_seed(seed))
+    batches = _batches(parts, labels, steps, torch.Generator().manual_seed(seed), device)
     for images, wanted in tqdm(batches, "weights", steps, leave=False, disable=None):
         patched = {k: θ[k] + delta for k, delta in total().items()} | dict(statistics)
         with torch.autocast(device.type, torch.bfloat16, amp):
-            logits = functional_call(model, patched, images.to(device).float() / 255)
+            logits = functional_call(model, patched, images.float() / 255)
         log_p = logits.float().log_softmax(1)
-        if labels is None:
-            loss = -(log_p.exp() * log_p).sum(1).mean()
-        else:
-            loss = F.nll_loss(log_p, wanted.to(device))
+        entropy = -(log_p.exp() * log_p).sum(1).mean()
+        loss = entropy if labels is None else F.nll_loss(log_p, wanted)
         (w.grad,) = torch.autograd.grad(loss, [w])
         optimizer.step()
     w.requires_grad_(False)
@@ -93,9 +91,16 @@ def _holds(signatures: Sequence[RobustWeightSignature], key: str) -> bool:
 
 
 def _batches(
-    parts: Sequence[Tensor], labels: Tensor | None, steps: int, generator: torch.Generator
+    parts: Sequence[Tensor],
+    labels: Tensor | None,
+    steps: int,
+    generator: torch.Generator,
+    device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Batches with as many images of each part; none comes twice before all were there."""
+    """Batches on `device`, as many images of each part; none comes twice before all were there.
+
+    Parts may lie on different devices.
+    """
     count = len(parts[0])
     size = min(count, max(1, BATCH // len(parts)))
     passes = -(-steps * size // count)
@@ -105,4 +110,5 @@ def _batches(
     ]
     for chosen in itertools.islice(zip(*orders, strict=True), steps):
         images = [part[i.to(part.device)] for part, i in zip(parts, chosen, strict=True)]
-        yield torch.cat(images), None if labels is None else labels[torch.cat(chosen)]
+        wanted = None if labels is None else labels[torch.cat(chosen)].to(device)
+        yield torch.cat([some.to(device) for some in images]), wanted
