@@ -181,7 +181,7 @@ def test_check(tmp_path, little_to_check):
     rows = run(tmp_path, "check")
     assert [row["check"].split(":")[0] for row in rows[:2]] == ["fog", "contrast"]
     assert rows[-1]["check"] == "training at 192 images/s: time, as a share of steps alone"
-    assert {row["result"] for row in rows} == {"pass"} and len(rows) == 2 + 4 + 4 + 1 + 1
+    assert {row["result"] for row in rows} == {"pass"} and len(rows) == 2 + 4 + 4 + 3 + 2 + 1
 
 
 @pytest.mark.parametrize("fault", ["fog is denser", "an error", None])
