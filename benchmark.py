@@ -21,7 +21,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +51,7 @@ RESAMPLED = ("gaussian_noise", "glass_blur", "snow", "jpeg_compression")  # one 
 TINY_LR = 1e-6
 
 
-def compare(
-    args: Namespace, what: dict, ways: Ways, images: dict[str, int] | None = None
-) -> Iterator[dict]:
+def compare(args: Namespace, what: dict, ways: Ways, images: dict | None = None) -> Iterator[dict]:
     """A row for each way: its speed, its spread, and how much faster it is than the best of GROUPS.
 
     images: how many each way handles in a call; the speed is then images/s, else ms per call.
@@ -228,7 +226,7 @@ def accuracy(args: Namespace, device: torch.device) -> Iterator[dict]:
             theirs = fmean(slow()), engine.evaluate(classic, test, amp=False)
             found.setdefault((epoch, "classic"), []).append(theirs)
     for (epoch, way), points in found.items():
-        losses, accuracies = map(_mean_sd, zip(*points, strict=True))
+        losses, accuracies = (report.spread(each, 3) for each in zip(*points, strict=True))
         row = {"epoch": epoch, "way": way, "loss": losses, "test accuracy, %": accuracies}
         yield row | {"each": points}
 
@@ -379,10 +377,6 @@ def _shown(value: object) -> object:
     if not isinstance(value, float):
         return value
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
-
-
-def _mean_sd(values: Sequence[float]) -> str:
-    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

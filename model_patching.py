@@ -18,9 +18,9 @@ Several values of --keep_num or --alpha give a row of the table each. Signatures
 Of several every image can choose its own: --signature signatures/*.rws --choose 1
 """
 
-import argparse
 import contextlib
 import functools
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,9 +58,7 @@ class Patching:
     Raises InputError for models and data that don't fit each other.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, method: Method, kept: Measurements | None = None
-    ) -> None:
+    def __init__(self, args: Namespace, method: Method, kept: Measurements | None = None) -> None:
         self.args, self.method = args, method
         self.device = choose_device(args.device)
         self.amp = use_amp(self.device, args.amp)
@@ -118,17 +116,11 @@ class Patching:
         """RWS of corruption `name`, made by the method with `knobs` (fields of Method) changed."""
         method = replace(self.method, **knobs)
         if (name, method) not in self._signatures:
-            self._signatures[name, method] = RobustWeightSignature.extract(
-                self.states["pretrained"],
-                self.states["standard"],
-                self.states[name],
-                method=method,
-                arch=self.args.arch,
-                corruption=name,
-                severity=self.severities[name],
-                dataset=self.trained_on,
-                seed=self.args.seed,
-            )
+            states = (self.states[role] for role in ("pretrained", "standard", name))
+            facts = {"arch": self.args.arch, "corruption": name, "dataset": self.trained_on}
+            facts |= {"severity": self.severities[name], "seed": self.args.seed}
+            made = RobustWeightSignature.extract(*states, method=method, **facts)
+            self._signatures[name, method] = made
         return self._signatures[name, method]
 
     def fingerprinted(self, signature: RobustWeightSignature) -> RobustWeightSignature:
@@ -275,7 +267,7 @@ class Patching:
 # ---- command line -----------------------------------------------------------------------------
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """The settings of one run; `argv` as on the command line (default: sys.argv)."""
     parser = arguments.Parser(__doc__)
     group = parser.add_argument_group("data")
@@ -297,7 +289,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: Namespace) -> dict:
     """Patch and evaluate as `args` (from `parse_args`) says; gives the table and its source."""
     run = Patching(args, Method.from_args(args, keep_num=args.keep_num[0]))
     every = [name for name in run.sets if name != "clean"]
@@ -307,11 +299,9 @@ def run(args: argparse.Namespace) -> dict:
     if args.baseline_log:
         baseline = log.read(Path(args.baseline_log), "--baseline_log")["std"]["robust"]
         report.mean_corruption_error(baseline, baseline, run.labels)  # says what it lacks
-    standard = {"model": "standard", **run.standard(every)}
-    rows, robust = [standard], None if chooser else upper_bound(run)
-    if chooser:
-        more, robust = bank.rows(run, chooser)
-        rows += more
+    rows = [{"model": "standard", **run.standard(every)}]
+    more, robust = bank.rows(run, chooser) if chooser else ([], upper_bound(run))
+    rows += more
     for keep_num in () if chooser else args.keep_num:
         signatures = run.stored or [run.signature(c, keep_num=keep_num) for c in args.corruption]
         if args.learn_alpha:
@@ -351,7 +341,7 @@ def run(args: argparse.Namespace) -> dict:
     for place in places:
         report.write_json(place, result)
     if args.save_log:
-        log.update(Path(args.save_log), standard, rows[1])
+        log.update(Path(args.save_log), *rows[:2])
     return result
 
 

@@ -58,10 +58,8 @@ def run(name: str, study: Study, out: Path) -> None:
     study.write(name, rows, table, out, time.perf_counter() - start)
     module.figure(rows, out / f"{name}.png")
     if args.preset == "demo":
-        run = study.patching()
-        plots.samples(
-            {c: images.images[:12] for c, images in run.sets.items()}, out / "samples.png"
-        )
+        strips = {c: images.images[:12] for c, images in study.patching().sets.items()}
+        plots.samples(strips, out / "samples.png")
 
 
 def default_out(study: Study, name: str) -> Path:

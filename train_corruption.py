@@ -91,8 +91,7 @@ def load_data(args: Namespace, device: torch.device) -> tuple[ImageSet, ImageSet
         raise InputError(said + hint) from error
     warn_of_overlap(val, test)
     named = args.std_data is not None  # --data is the clean set else
-    where = args.data, args.frost_dir, device, named
-    how = Copies(args.severity, args.seed, *where, resident=True)
+    how = Copies(args.severity, args.seed, args.data, args.frost_dir, device, named, resident=True)
     images = train
     if args.corruption:
         # A published copy would be the same in every epoch.
@@ -142,17 +141,15 @@ def check_images(args: Namespace, loader: BatchLoader) -> None:
     """Raise InputError where the architecture can't train on such images or batches."""
     side = min(loader.images.shape[-2:])
     if args.arch in VGGS and side < MIN_SIDE:
-        raise InputError(
-            f"{args.arch}: images of {side} pixels are too small, use --image_size {MIN_SIDE}"
-        )
+        told = f"images of {side} pixels are too small, use --image_size {MIN_SIDE}"
+        raise InputError(f"{args.arch}: {told}")
     # Batch norm has the whole batch on CUDA, on a CPU each process its own part.
     parts = loader.ranks if loader.device.type == "cpu" else 1
     fewest = loader.whole_batch(len(loader) - 1) // parts
     if args.arch.startswith("resnet") and fewest < 2:
-        raise InputError(
-            f"--batch_size {args.batch_size}: batch norm needs at least 2 images per step"
-            + (f" in each of {parts} processes" if parts > 1 else "")
-        )
+        told = "batch norm needs at least 2 images per step"
+        told += f" in each of {parts} processes" if parts > 1 else ""
+        raise InputError(f"--batch_size {args.batch_size}: {told}")
 
 
 # ---- training -------------------------------------------------------------------------------
@@ -182,11 +179,10 @@ def fine_tune(args: Namespace, folder: Path) -> dict:
     torch.manual_seed(args.seed)
     images, clean, val, test = load_data(args, device)
     model, pretrained_hash = start_model(args, clean)
-    options = {"augment": augmentation_for(images.name), "shuffle": True, "seed": args.seed}
-    if args.resample_corruption:
-        options["resample"] = redraw(args, clean, device)
-    options |= {"device": device, "rank": distributed.rank(), "ranks": distributed.ranks()}
-    loader = BatchLoader(images, args.batch_size, **options)
+    resample = redraw(args, clean, device) if args.resample_corruption else None
+    options = {"augment": augmentation_for(images.name), "shuffle": True, "resample": resample}
+    options |= {"seed": args.seed, "rank": distributed.rank(), "ranks": distributed.ranks()}
+    loader = BatchLoader(images, args.batch_size, device=device, **options)
     clean_print, data_print = fingerprint(clean), fingerprint(images)
     sources = {"train": images.source, **{name: part.source for name, part in test.items()}}
     known = flags.data_facts(args, clean)
@@ -248,8 +244,7 @@ def fine_tune(args: Namespace, folder: Path) -> dict:
     ta, ras = accuracies(model, for_test, amp, "test")
     result = {"model": path.name, "epoch": chosen["epoch"], "TA": ta, "RA": ras}
     result |= {"sources": sources, "history": progress["history"], "arguments": vars(args)}
-    result |= {"data": data_print}
-    result |= report.provenance(device)
+    result |= {"data": data_print, **report.provenance(device)}
     if distributed.rank() == 0:
         report.write_json(folder / "results.json", result)
     row = [f"{path.name} (epoch {chosen['epoch']})", ta, *ras.values()]
@@ -322,12 +317,7 @@ def remove_earlier(folder: Path, everything: bool) -> None:
 
 
 def print_header(
-    args: Namespace,
-    sets: Mapping[str, ImageSet],
-    sources: Mapping[str, str],
-    start: str | None,
-    loader: BatchLoader,
-    amp: bool,
+    args: Namespace, sets: dict, sources: dict, start: str | None, loader: BatchLoader, amp: bool
 ) -> None:
     """Say what is about to be trained, on what, and how; `start`: hash of pretrained weights."""
     images = sets["train"]

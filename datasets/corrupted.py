@@ -94,11 +94,7 @@ def generate_chunks(
 
 
 def mixed_training_set(
-    clean: ImageSet,
-    corruptions: Sequence[str],
-    how: Copies,
-    split: str = "train",
-    partition_seed: int | None = None,
+    clean: ImageSet, corruptions: Sequence[str], how: Copies, partition_seed: int | None = None
 ) -> ImageSet:
     """`clean` with each image under exactly one of `corruptions`, by a fixed random partition.
 
@@ -109,7 +105,7 @@ def mixed_training_set(
     if not corruptions:
         raise InputError("--corruption: name at least one")
     if len(corruptions) == 1:
-        return corrupted_set(clean, corruptions[0], split, how)
+        return corrupted_set(clean, corruptions[0], "train", how)
     seed = how.seed if partition_seed is None else partition_seed
     generator = torch.Generator().manual_seed(stable_seed("partition", seed))
     order = torch.randperm(len(clean), generator=generator)
@@ -117,7 +113,7 @@ def mixed_training_set(
     how = replace(how, resident=images.is_cuda)  # its parts too
     for k, corruption in enumerate(corruptions[: len(clean)]):  # of more, some get no image
         chosen = order[k :: len(corruptions)].sort().values
-        part = corrupted_set(clean.subset(chosen), corruption, split, how)
+        part = corrupted_set(clean.subset(chosen), corruption, "train", how)
         images[chosen] = part.images.to(images.device)
         labels[chosen] = part.labels
         sources.append(part.source)

@@ -35,7 +35,7 @@ def measure(study) -> Iterator[dict]:
 
 def table(rows: list[dict], study) -> tables.Table:
     of_models = [row for row in rows if row["model"] != TAKEN_OFF]
-    made = tables.accuracies(of_models, label=tables.knob("alpha", "α"))
+    made = tables.accuracies(of_models, label=tables.knob("alpha", "α {:g}".format))
     back = all(row["value"] for row in tables.select(rows, model=TAKEN_OFF))
     made.note = f"keep_num {study.method.keep_num}. Taken off again, every patch left the standard "
     made.note += f"model {'bit for bit' if back else 'CHANGED'}."

@@ -93,8 +93,7 @@ def _beside_standard(run, chooser, ways, few, names, severity) -> Iterator[tuple
     yield from ((model, one["RA"]) for model, one in zip((CHOSEN, STANDARD), both, strict=True))
 
 
-def _label(row: dict) -> tuple[str]:
-    return (row["model"] + (f", {row['together']} at a time" if "together" in row else ""),)
+_label = tables.knob("together", "{} at a time".format)
 
 
 def _accuracies(rows: list[dict]) -> list[dict]:
@@ -143,9 +142,8 @@ def figure(rows: list[dict], path: Path) -> None:
     plots.heat_map(*tables.pivot(one, "a", "b"), place, axes[::-1], label="share of images")
     of = [row for row in rows if "severity" in row]
     place = path.with_name(f"{path.stem}_severity.png")
-    plots.curves(
-        *tables.pivot(of, "model", "severity"), ("severity", "RA, mean, %"), place, control=STANDARD
-    )
+    labels = "severity", "RA, mean, %"
+    plots.curves(*tables.pivot(of, "model", "severity"), labels, place, control=STANDARD)
 
 
 def verdict(rows: list[dict]) -> tables.Verdict:

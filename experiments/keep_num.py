@@ -24,7 +24,7 @@ def measure(study) -> Iterator[dict]:
 
 
 def table(rows: list[dict], study) -> tables.Table:
-    return tables.accuracies(rows, label=tables.knob("keep_num", "keep_num"))
+    return tables.accuracies(rows, label=tables.knob("keep_num", "keep_num {:g}".format))
 
 
 def figure(rows: list[dict], path: Path) -> None:
@@ -33,11 +33,10 @@ def figure(rows: list[dict], path: Path) -> None:
 
 def verdict(rows: list[dict]) -> tables.Verdict:
     patched = tables.select(rows, model=PATCHED)
-    of_k = {
-        k: tables.shares(rows, tables.select(patched, keep_num=k))
-        for k in sorted(tables.distinct(patched, "keep_num"))
-    }
-    recovered = {k: fmean(each) for k, each in of_k.items() if each}
+    recovered = {}
+    for k in sorted(tables.distinct(patched, "keep_num")):
+        if each := tables.shares(rows, tables.select(patched, keep_num=k)):
+            recovered[k] = fmean(each)
     if not recovered:
         return tables.NO_GAIN
     best = max(recovered.values())

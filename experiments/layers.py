@@ -1,9 +1,8 @@
 """Where robust and standard weights differ: ‖θ_c − θ_std‖ / ‖θ_std‖ per layer (claim 1)."""
 
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import torch
 
@@ -57,15 +56,12 @@ def verdict(rows: list[dict]) -> tables.Verdict:
     factors = {name: factor(each) for name, each in means.items()}
     own = factor(control) if control else 1.0
     above = sum(value > own for value in factors.values())
-    median = statistics.median(factors.values())
     words = (
-        f"the shallowest {third} of {depth} layers differ {median:.1f} "
+        f"the shallowest {third} of {depth} layers differ {median(factors.values()):.1f} "
         f"times as much, relatively, as the deepest {third} (median over {len(means)} corruptions)"
     )
     if control:
-        over = [
-            str(i + 1) for i in range(depth) if all(each[i] > control[i] for each in means.values())
-        ]
+        over = [str(i + 1) for i in range(depth) if all(c[i] > control[i] for c in means.values())]
         only = "every corruption differs more than two clean seeds do only in layer "
         words += f", two clean seeds {own:.1f} times; "
         words += only + ", ".join(over) if over else "no layer differs more for every corruption"

@@ -46,8 +46,7 @@ def measure(study) -> Iterator[dict]:
                 yield study.row(run, name, "patched, each image chooses", found, bytes=size)
 
 
-def _label(row: dict) -> tuple[str]:
-    return (row["model"] + (f", {plots.bits_words(row['bits'])}" if "bits" in row else ""),)
+_label = tables.knob("bits", plots.bits_words)
 
 
 def table(rows: list[dict], study) -> tables.Table:

@@ -30,9 +30,7 @@ GREY, BLUE, ORANGE = "#999999", "#0072B2", "#E69F00"
 COLOURS = [BLUE, ORANGE, "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#F0E442"]
 HATCHES = ["", "", "//", "\\\\", "xx", "..", "--", "||", "++", "oo", "**"]
 DIVERGING = LinearSegmentedColormap.from_list("diverging", [BLUE, "white", ORANGE])
-LOOK = cycler(linestyle=["-", "--", ":"]) * (
-    cycler(color=COLOURS) + cycler(marker=list("os^DvP*X"))
-)
+LOOK = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS, marker=list("os^DvP*X"))
 plt.rcParams |= {
     **{"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True},
     **{"legend.frameon": False, "legend.fontsize": 8, "font.size": 8, "axes.titlesize": 10},
@@ -48,9 +46,7 @@ def save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def panels(
-    rows: Sequence[dict], draw: Callable[[Axes, list[dict]], None], label: str, path: Path
-) -> None:
+def panels(rows: Sequence[dict], draw: Callable, label: str, path: Path) -> None:
     """A panel per corruption, three side by side, by `draw`, which is told an axis and its rows.
 
     label: of the vertical axes.
@@ -59,10 +55,9 @@ def panels(
     down, across = -(-len(names) // 3), min(3, len(names))
     size = (4 * across, 3.2 * down)
     figure, axes = plt.subplots(down, across, figsize=size, sharey=True, squeeze=False)
-    for axis, name in itertools.zip_longest(axes.flat, names):
-        if name is None:
-            axis.set_axis_off()
-            continue
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    for axis, name in zip(axes.flat, names, strict=False):
         draw(axis, tables.select(rows, corruption=name))
         axis.set(title=name, ylabel=label if axis in axes[:, 0] else "")
     legend_below(figure, axes[0, 0], ncols=3)
@@ -104,9 +99,7 @@ def accuracy_panels(rows: Sequence[dict], over: str, label: str, path: Path) -> 
 def accuracy_bars(rows: Sequence[dict], path: Path, label: Label = tables.by_model) -> None:
     """RA of every line of a table (`tables.accuracies`): the mean, and each of `tables.parts`."""
     groups = {"all": tables.distinct(rows, "corruption"), **tables.parts(rows)}
-    shown = [
-        r | {"group": g} for g, names in groups.items() for r in rows if r["corruption"] in names
-    ]
+    shown = [r | {"group": g} for g, of in groups.items() for r in rows if r["corruption"] in of]
     bars(shown, lambda row: (row["group"], *label(row)), "RA, %", path)
 
 

@@ -5,14 +5,13 @@
 """
 
 import argparse
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from datasets import flags, synthetic
-from datasets.images import ImageSet, fingerprint, spaced
+import datasets
+from datasets.images import ImageSet, fingerprint
 from datasets.loader import BatchLoader, augmentation_for
 from datasets.normalization import normalization
 from models import build_model
@@ -33,24 +32,16 @@ def make_pretrained(args: argparse.Namespace, time_left: Callable[[int], str]) -
     with hold(path.with_name(f".{path.name}.lock")):
         if path.exists() and not args.force:
             return
-        images = pretraining_images(args)
+        # The other half of the classes; the synthetic set has a split for it.
+        split = "train" if args.pretrain_classes else "pretrain"
+        which = args.image_size, args.pretrain_classes, args.train_images
+        images = datasets.load(args.dataset, args.data, split, *which)
         count = f"{len(images):,} images of {len(images.classes)} other classes"
         print(f"θ_pre: {args.arch} on {count}", flush=True)
         pretrain(args, images, path, time_left)
 
 
-def pretraining_images(args: argparse.Namespace) -> ImageSet:
-    """Training images of the other half of the classes (synthetic: its own set for that)."""
-    if args.pretrain_classes:
-        other = copy.copy(args)
-        other.classes = args.pretrain_classes
-        return flags.load_images(other, args.data, "train")
-    return spaced(synthetic.load("pretrain", args.image_size), args.train_images)
-
-
-def pretrain(
-    args: argparse.Namespace, images: ImageSet, path: Path, time_left: Callable[[int], str]
-) -> None:
+def pretrain(args: argparse.Namespace, images: ImageSet, path: Path, time_left: Callable) -> None:
     """Train args.arch from random weights on `images` and write θ_pre to `path`.
 
     SGD, momentum 0.9, weight decay 5e-4, batch 64, one cycle up to lr 0.05. A VGG trains with
@@ -64,11 +55,10 @@ def pretrain(
         add_batchnorm(model, arch)
     amp = use_amp(device, args.amp)
     model = to_device(model, device, amp)
-    augment = augmentation_for(images.name)
-    loader = BatchLoader(images, 64, augment=augment, device=device, shuffle=True)
+    loader = BatchLoader(images, 64, augmentation_for(images.name), device, shuffle=True)
     optimizer = sgd(model, 0.05)
-    steps = epochs * len(loader)
-    form = {"total_steps": steps, "cycle_momentum": False}  # a recorded step has one momentum
+    # A recorded step has one momentum.
+    form = {"epochs": epochs, "steps_per_epoch": len(loader), "cycle_momentum": False}
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, **form)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "loader": loader}
     settings = {"arch": arch, "epochs": epochs, "data": fingerprint(images)}

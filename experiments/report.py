@@ -61,9 +61,8 @@ def write(root: Path) -> None:
             told = f"**{verdict}**" if not result["ablation"] else f"`{name}`"
             note = result["note"] + (f" **{result['caveat']}**" if "caveat" in result else "")
             text = [f"- {told} on {title}: {words}. {note} [Table]({place}/table.md).\n"]
-            text += [
-                f"  ![{name}: {place}]({place}/{p.name})\n" for p in sorted(folder.glob("*.png"))
-            ]
+            figures = sorted(path.name for path in folder.glob("*.png"))
+            text += [f"  ![{name}: {place}]({place}/{figure})\n" for figure in figures]
             (ablations if result["ablation"] else lines).extend(text)
             doubted |= "caveat" in result and not result["ablation"]
             verdicts += [verdict] if verdict != UNTOLD and not result["ablation"] else []

@@ -117,17 +117,13 @@ def resolve(args: argparse.Namespace) -> None:
     """Fill in what the preset and other flags say."""
     preset = PRESETS[args.preset]
     args.dataset = datasets.base_name(args.dataset)
-    for name, usual in (("corruptions", preset.corruptions), ("target_corruptions", None)):
+    for name, usual in vars(preset).items():
+        if getattr(args, name, ...) is None:  # a flag that was not given
+            setattr(args, name, list(usual) if isinstance(usual, tuple) else usual)
+    for name in ("corruptions", "target_corruptions"):
         if "all" in (getattr(args, name) or ()):
             setattr(args, name, list(CORRUPTIONS))
-        elif getattr(args, name) is None and usual:
-            setattr(args, name, list(usual))
-    for name in ("lr", "batch_size", "train_images", "test_images", "pretrain_epochs"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(preset, name))
-    args.epochs, args.decreasing_lr = recipe(args.epochs or preset.epochs)
-    args.alphas = args.alphas or list(preset.alphas)
-    args.bits = args.bits or list(preset.bits)
+    args.epochs, args.decreasing_lr = recipe(args.epochs)
     args.learn_steps = preset.learn_steps
     layers = len(depth_order(args.arch))
     if args.keep_nums is None:

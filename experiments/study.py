@@ -13,7 +13,6 @@ import functools
 import itertools
 import json
 import os
-import queue
 import shlex
 import subprocess
 import sys
@@ -163,9 +162,8 @@ class Study:
 
     def robust_job(self, seed: int, names: Sequence[str]) -> Job:
         """θ_c of one corruption, or the model trained on the union of several."""
-        folder = self.robust_root(seed) / names[0]
-        if len(names) > 1:
-            folder = self.robust_root(seed, "union") / union_name(names)
+        kind = "union" if len(names) > 1 else "robust"
+        folder = self.robust_root(seed, kind) / union_name(names)
         title = f"θ_c, c = {' + '.join(names)}"
         return Job(title, folder, self._settings(seed) | {"corruption": list(names)})
 
@@ -215,12 +213,13 @@ class Study:
 
         if self.args.pretrains:
             make_pretrained(self.args, time_left)
-        start_hash = functools.cache(
-            lambda file: ckpt.backbone_hash(
-                ckpt.pretrained_state_dict(file, self.args.arch, self.args.checkpoint_key)
-            )
-        )
-        images_print = functools.cache(data_print)
+
+        @functools.cache
+        def start_hash(file: str) -> str:
+            state = ckpt.pretrained_state_dict(file, self.args.arch, self.args.checkpoint_key)
+            return ckpt.backbone_hash(state)
+
+        images_print = functools.cache(lambda *which: fingerprint(datasets.load(*which)))
         for job in jobs:
             if job not in missing:
                 check_same_run(job, start_hash, images_print)
@@ -298,22 +297,18 @@ class Study:
         recipe = f"{self.recipe} of fine-tuning (lr × 0.1 after {a.decreasing_lr}{rate})"
         return f"{what}; {recipe}, seeds {seeds}"
 
-    @property
-    def ablation(self) -> str:
-        """What is not the paper's method, in words; how a signature is stored doesn't count."""
-        return self.method.ablation()
-
     def write(self, name: str, rows: list[dict], table: Table, out: Path, seconds: float) -> None:
         """Print the table; write it (table.md), every row (table.csv), all about them (.json)."""
         text = report.markdown_table(table.columns, table.lines)
-        caption = ". ".join([*filter(None, (self.title, self.ablation)), table.note])
+        ablation = self.method.ablation()
+        caption = ". ".join([*filter(None, (self.title, ablation)), table.note])
         write_text(out / "table.md", f"{text}\n\n{caption}\n")
         report.write_csv(out / "table.csv", rows)
         trained = [self.standard(s).with_name("results.json") for s in self.args.seeds]
         content = {
             "experiment": name,
             "study": self.title,
-            "ablation": self.ablation,
+            "ablation": ablation,
             "note": table.note,
             "rows": rows,
             "sources": self._ready[1].sources if self._ready else {},
@@ -326,32 +321,22 @@ class Study:
         print(f"\n{text}\n\n{caption}\n{out}")
 
 
-def data_print(*what: object) -> str:
-    """The fingerprint of clean training images; `what` says which to `datasets.load`."""
-    dataset, data, *which = what
-    return fingerprint(datasets.load(dataset, data, "train", *which))
-
-
-def check_same_run(
-    job: Job, start_hash: Callable[[str], str], images_print: Callable[..., str]
-) -> None:
+def check_same_run(job: Job, start_hash: Callable, images_print: Callable) -> None:
     """Raise InputError when the finished run in the job's folder had other settings.
 
     start_hash: gives the hash of the model that a file holds, where training starts;
-    images_print: `data_print`.
+    images_print: gives the fingerprint of the images that `datasets.load` loads.
     """
     args = train_corruption.parse_args(job.command())
     saved = ckpt.read(job.folder / ckpt.LAST)
     wanted = train_corruption.identity(args) | {"pretrained_hash": start_hash(args.pretrained)}
     if "data" in saved:
-        names = ("dataset", "data", "image_size", "classes", "train_images")
-        wanted["data"] = images_print(*(getattr(args, name) for name in names))
+        which = args.image_size, args.classes, args.train_images
+        wanted["data"] = images_print(args.dataset, args.data, "train", *which)
     for name, value in wanted.items():
         if name in saved and saved[name] != value:
-            raise InputError(
-                f"{job.folder} holds a run with {name} {saved[name]}, wanted is {value}: "
-                "name other --runs, or train again with --force"
-            )
+            said = f"{job.folder} holds a run with {name} {saved[name]}, wanted is {value}"
+            raise InputError(f"{said}: name other --runs, or train again with --force")
 
 
 def train_on(devices: Sequence[str], jobs: Sequence[Job], force: bool) -> None:
@@ -364,14 +349,12 @@ def train_on(devices: Sequence[str], jobs: Sequence[Job], force: bool) -> None:
     if set(devices) == {"cpu"}:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(devices)))
     free_memory()  # of making θ_pre
-    free: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for device in devices:
-        free.put(device)
+    free = list(devices)  # for as many threads
     started: list[subprocess.Popen] = []
 
     def work(job: Job) -> str | None:
         """Train one model; gives what went wrong."""
-        device = free.get()
+        device = free.pop(0)
         print(f"{device}: {job.title}", flush=True)
         job.folder.mkdir(parents=True, exist_ok=True)
         log, script = job.folder / "train.log", str(Path(train_corruption.__file__).resolve())
@@ -380,7 +363,7 @@ def train_on(devices: Sequence[str], jobs: Sequence[Job], force: bool) -> None:
             process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         started.append(process)
         code = process.wait()
-        free.put(device)
+        free.append(device)
         last = log.read_text().strip().splitlines()[-1:] or ["no output"]
         return f"{job.title}: {last[0]} ({log})" if code else None
 

@@ -4,13 +4,12 @@ A row is {"seed", "corruption", "model", "TA", "RA", **knobs}, accuracies in per
 weights have "value" in place of TA and RA.
 """
 
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from datasets.corruptions import FAMILIES
-from utils.report import recovered
+from utils.report import recovered, spread
 
 STANDARD, PATCHED, ROBUST = "standard", "patched", "robust"
 UNION = "data augmentation"  # one model trained on several corruptions
@@ -38,9 +37,9 @@ def by_model(row: dict) -> tuple[str]:
     return (row["model"],)
 
 
-def knob(name: str, text: str) -> Label:
-    """A label: the model, with the value of a knob, called `text`, where the row has it."""
-    return lambda row: (f"{row['model']}, {text} {row[name]:g}" if name in row else row["model"],)
+def knob(name: str, words: Callable[[object], str]) -> Label:
+    """A label: the model, with the value of a knob in `words` where the row has it."""
+    return lambda row: (row["model"] + (f", {words(row[name])}" if name in row else ""),)
 
 
 def select(rows: Iterable[dict], **knobs: object) -> list[dict]:
@@ -56,15 +55,6 @@ def distinct(rows: Iterable[dict], key: str) -> list:
 def mean(rows: Iterable[dict], measure: str, **knobs: object) -> float:
     """Mean of `measure` ("TA", "RA", "value", …) over the rows that have these values."""
     return fmean(row[measure] for row in select(rows, **knobs))
-
-
-def spread(values: Iterable[float | None], digits: int = 1) -> str | None:
-    """Mean of the values, with ± standard deviation where there are several; None where none is."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return None
-    sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{sd}"
 
 
 def grouped(rows: Iterable[dict], label: Label) -> dict[tuple[str, ...], list[dict]]:
@@ -84,9 +74,7 @@ def pivot(rows: Sequence[dict], index: str, columns: str) -> tuple[list, dict[ob
     }
 
 
-def matrix(
-    corner: str, heads: list, lines: Mapping[str, list[float]], note: str, digits: int = 2
-) -> Table:
+def matrix(corner: str, heads: list, lines: Mapping, note: str, digits: int = 2) -> Table:
     """What `pivot` gives as a table; corner: head of its first column."""
     cells = [[name, *(f"{value:.{digits}f}" for value in line)] for name, line in lines.items()]
     return Table([corner, *heads], cells, note)

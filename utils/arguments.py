@@ -130,6 +130,11 @@ def switch(help: str, **options: object) -> dict:
     return flag(help, action="store_true", **options)
 
 
+def optional(help: str, const: str) -> dict:
+    """A flag whose FILE may be left out; `const` stands for it then."""
+    return flag(help, "FILE", nargs="?", const=const)
+
+
 def several(help: str, metavar: str, type: Callable, **options: object) -> dict:
     """A flag with one value or more, none twice."""
     return flag(help, metavar, type=type, nargs="+", action=Distinct, **options)
@@ -138,11 +143,8 @@ def several(help: str, metavar: str, type: Callable, **options: object) -> dict:
 FLAGS = {
     # models
     "arch": flag("architecture", default="vgg16", choices=ARCHS),
-    "pretrained": flag(
-        "θ_pre, the pretrained weights; without a file torchvision's ImageNet weights",
-        "FILE",
-        nargs="?",
-        const=IMAGENET,
+    "pretrained": optional(
+        "θ_pre, the pretrained weights; without a file torchvision's ImageNet weights", IMAGENET
     ),
     "pretrained_path": flag("the file of --pretrained", "FILE"),
     "checkpoint_key": flag("where in foreign checkpoints the weights are, e.g. model_ema", "KEY"),
@@ -174,11 +176,8 @@ FLAGS = {
     "compile": switch("let torch.compile make the model's kernels"),
     "deterministic": switch("same seed, same bits on CUDA too, which is slower (CPUs: anyway)"),
     "save_dir": flag("for the checkpoints", "DIR", required=True),
-    "resume": flag(
-        "go on from FILE, or from --save_dir if it holds a checkpoint, else start",
-        "FILE",
-        nargs="?",
-        const="auto",
+    "resume": optional(
+        "go on from FILE, or from --save_dir if it holds a checkpoint, else start", "auto"
     ),
     "print_freq": flag("between loss updates", "STEPS", type=count(), default=100),
     # the method: the fields of utils.signature.Method
@@ -267,7 +266,6 @@ def pretrained_source(args: argparse.Namespace) -> str | None:
     """
     named = args.pretrained if args.pretrained != IMAGENET else None
     if named and args.pretrained_path and named != args.pretrained_path:
-        raise InputError(
-            f"--pretrained {named} and --pretrained_path {args.pretrained_path} name two files"
-        )
+        both = f"--pretrained {named} and --pretrained_path {args.pretrained_path}"
+        raise InputError(f"{both} name two files")
     return args.pretrained_path or args.pretrained

@@ -45,7 +45,5 @@ def update(path: Path, standard: dict, patched: dict) -> None:
     print(f"\n{path}: averages over {len(log['std']['clean'])} runs")
     for kind in KINDS:
         clean, robust = log[kind]["clean"], log[kind]["robust"]
-        print(
-            f"  {kind:<8} TA {fmean(clean):.2f}"
-            f"  RA {fmean(robust.values()):.2f} over {len(robust)} corruptions"
-        )
+        told = f"RA {fmean(robust.values()):.2f} over {len(robust)} corruptions"
+        print(f"  {kind:<8} TA {fmean(clean):.2f}  {told}")

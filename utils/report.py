@@ -9,8 +9,8 @@ import platform
 import shlex
 import sys
 import warnings
-from collections.abc import Collection, Mapping, Sequence
-from statistics import fmean
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from statistics import fmean, stdev
 
 import torch
 import torchvision
@@ -69,6 +69,15 @@ def provenance(device: torch.device) -> dict[str, str]:
 def write_json(path: str | os.PathLike, content: Mapping) -> None:
     """Write `content` to `path` as JSON, atomically."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def spread(values: Iterable[float | None], digits: int = 1) -> str | None:
+    """Mean of the values, with ± standard deviation where there are several; None where none is."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return None
+    sd = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{sd}"
 
 
 def recovered(standard: float, patched: float, robust: float) -> float | None:
@@ -152,10 +161,8 @@ def origin(names: Collection[str], sources: Mapping[str, str]) -> str:
 def warn_below_chance(rows: Sequence[dict], classes: int) -> None:
     """Warn of each patched row with an accuracy below that of guessing."""
     for row in rows:
-        lowest = min(row["TA"], *row["RA"].values())
-        if row["model"].startswith("patched") and lowest < 100 / classes:
-            warnings.warn(
-                f"{row['model']}: an accuracy of {lowest:.1f} % is below chance, "
-                f"{100 / classes:.1f} %; do model, signatures and data set belong together?",
-                stacklevel=2,
-            )
+        lowest, chance = min(row["TA"], *row["RA"].values()), 100 / classes
+        if row["model"].startswith("patched") and lowest < chance:
+            said = f"{row['model']}: an accuracy of {lowest:.1f} % is below chance, {chance:.1f} %"
+            said += "; do model, signatures and data set belong together?"
+            warnings.warn(said, stacklevel=2)

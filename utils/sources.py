@@ -31,14 +31,11 @@ def check(args: argparse.Namespace) -> None:
         if clash := named + replace(method, keep_num=Method.keep_num).flags():
             raise InputError(f"{clash[0]} is for extracting; --signature brings it along")
     else:
-        needed = {
-            "--corruption": args.corruption,
-            "--corruption_model_root": args.corruption_model_root,
-            "--pretrained": arguments.pretrained_source(args),
-        }
+        needed = {f: getattr(args, f) for f in ("corruption", "corruption_model_root")}
+        needed["pretrained"] = arguments.pretrained_source(args)
         for flag, value in needed.items():
             if not value:
-                raise InputError(f"{flag} is needed to extract signatures (or name --signature)")
+                raise InputError(f"--{flag} is needed to extract signatures (or name --signature)")
         if args.levels is None and method != method.unquantized():
             kept = method.unquantized().flags()
             flag = next(f for f in method.flags() if f.startswith("--") and f not in kept)
@@ -119,9 +116,8 @@ def find_robust(root: str | Path, corruption: str) -> Path:
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     exact = [f for f in folders if sorted(f.name.split("+")) == sorted(corruption.split("+"))]
     # `fog` is a word of vgg_fog_sev5, not of foggy or no_fog_at_all.
-    word = (
-        rf"(?<![a-z0-9])(?<!no[-_])(?<!not[-_])(?<!without[-_]){re.escape(corruption)}(?![a-z0-9])"
-    )
+    name = re.escape(corruption)
+    word = rf"(?<![a-z0-9])(?<!no[-_])(?<!not[-_])(?<!without[-_]){name}(?![a-z0-9])"
     found = exact or [f for f in folders if re.search(word, f.name, re.I)]
     if len(found) != 1:
         names = ", ".join(f.name for f in (found or folders)) or "nothing"
@@ -228,10 +224,8 @@ def check_outputs(args: argparse.Namespace) -> None:
         check_writable(path.parent)
     if args.save_signature:
         if args.patched_model:
-            told = "fingerprint nor statistics of batch norm, which are of --base_model"
-            warnings.warn(
-                f"--patched_model: the signatures are saved with neither {told}", stacklevel=2
-            )
+            told = "the signatures are saved with neither fingerprint nor statistics of batch norm"
+            warnings.warn(f"--patched_model: {told}, which are of --base_model", stacklevel=2)
         for file in args.signature:
             if Path(file).resolve().parent == Path(args.save_signature).resolve():
                 raise InputError(f"--save_signature: {file} is in there; name another folder")
