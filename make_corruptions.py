@@ -276,7 +276,7 @@ def chunks(
     with tqdm(total=total, desc=name, unit="img", leave=False, disable=None) as bar:
         for severity in severities:
             how = Copies(severity, args.seed, None, args.frost_dir, device)
-            for _, images in generate_chunks(clean, name, SPLIT_OF[settings["part"]], how):
+            for images in generate_chunks(clean, name, SPLIT_OF[settings["part"]], how):
                 yield images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
                 bar.update(len(images))
 

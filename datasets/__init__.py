@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 
 from datasets import cifar, image_folder, synthetic, tiny_imagenet
-from datasets.images import SPLITS, ImageSet, check_split, every_other_class, fingerprint, spaced
-from utils.errors import InputError, suggest
+from datasets.images import SPLITS, ImageSet, every_other_class, fingerprint, spaced
+from utils.errors import InputError, check_known
 
 MAX_SIDE = 4096  # a slip of the keyboard would ask for terabytes
 DATASETS = ("cifar10", "cifar100", "tinyimagenet", "synthetic", "folder")
@@ -25,11 +25,7 @@ def base_name(name: str) -> str:
     Raises InputError for an unknown name.
     """
     base = name.removesuffix("-c")
-    if base not in DATASETS:
-        known = ", ".join(DATASETS)
-        raise InputError(
-            f"unknown --dataset {name!r}{suggest(base, DATASETS)}: {known}, or with -c"
-        )
+    check_known("--dataset", base, DATASETS)
     return base
 
 
@@ -56,7 +52,7 @@ def load(
     if base == "synthetic":
         images = synthetic.load(split, image_size)
     else:
-        check_split(split)
+        check_known("split", split, SPLITS)
         if root is None:
             raise InputError(f"--dataset {base} needs its folder: give --data")
         if os.path.isfile(root):

@@ -11,7 +11,6 @@ import hashlib
 import os
 import warnings
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.errors import InputError, thread_pool
-from utils.files import replacing
+from utils.files import refusals_of, replacing
 
 WORKERS: int | None = None  # threads that decode images; None: one per core, at most 16
 # Part of every fingerprint: raise it when decoding or resizing changes.
@@ -40,16 +39,6 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 _PIECE = 256
 
 
-@contextlib.contextmanager
-def reading(place: object) -> Iterator[None]:
-    """Raise an InputError, `place` can't be read, where the system refuses something."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or place
-        raise InputError(f"cannot read {where}: {error.strerror or error}") from error
-
-
 def is_debris(name: str) -> bool:
     """Whether a file or folder of that name is none of a data set's: hidden, or in DEBRIS."""
     return name.startswith(".") or name in DEBRIS
@@ -57,7 +46,7 @@ def is_debris(name: str) -> bool:
 
 def folders_in(folder: Path) -> list[Path]:
     """The folders directly in `folder`, sorted by name, debris passed over."""
-    with reading(folder):
+    with refusals_of(folder, "read"):
         return sorted(p for p in folder.iterdir() if not is_debris(p.name) and p.is_dir())
 
 
@@ -72,7 +61,7 @@ def list_images(folder: Path) -> list[str]:
         raise error
 
     found = []
-    with reading(folder):
+    with refusals_of(folder, "read"):
         for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
             folders[:] = [name for name in folders if not is_debris(name)]
             prefix = "".join(f"{part}/" for part in Path(place).relative_to(folder).parts)
@@ -150,13 +139,14 @@ def read_images(
     stem, key = f"{title}-{image_size or 'own'}", _key(folder, names, image_size)
     places = [place / f"{stem}-{key}.npy" for place in _places(folder.parent)]
     for path in places:
-        pixels = _from_cache(path, len(names), rows)
-        if pixels is not None:
+        if (pixels := _from_cache(path, len(names), rows)) is not None:
             return pixels
     whole = _decode(folder, names, image_size, title)
     for path in places:
         try:
-            _write_cache(path, whole)
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, whole)
+                file.write(zlib.crc32(whole).to_bytes(4, "big"))
         except InputError as error:  # a full disk, or a folder that can't be written
             failure = error
             continue
@@ -204,7 +194,7 @@ def _decode(folder: Path, names: list[str], image_size: int | None, title: str) 
 
 def _key(folder: Path, names: list[str], image_size: int | None) -> str:
     digest = hashlib.sha256(f"{FORMAT} {image_size} {folder.name}\n".encode())
-    with reading(folder):
+    with refusals_of(folder, "read"):
         for name in names:
             stat = os.stat(f"{folder}/{name}")
             line = f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
@@ -222,22 +212,12 @@ def _places(root: Path) -> list[Path]:
 
 def _from_cache(path: Path, count: int, rows: torch.Tensor) -> torch.Tensor | None:
     """Rows of the cached array, or None where it is missing or damaged."""
-    try:
-        pixels = np.load(path, mmap_mode="r", allow_pickle=False)
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[:2] != (count, 3):
-            return None
-        end = pixels.offset + pixels.size
-        if not pixels.flags.c_contiguous or path.stat().st_size != end + 4:
-            return None
-        if zlib.crc32(pixels) != np.fromfile(path, ">u4", offset=end).item():
-            return None
-        return torch.from_numpy(pixels[rows.numpy()])
     # A damaged header leads NumPy's parser to anything from ValueError to tokenize.TokenError.
-    except Exception:
-        return None
-
-
-def _write_cache(path: Path, pixels: np.ndarray) -> None:
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, pixels)
-        file.write(zlib.crc32(pixels).to_bytes(4, "big"))
+    with contextlib.suppress(Exception):
+        pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+        end = pixels.offset + pixels.size
+        whole = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[:2] == (count, 3)
+        whole = whole and pixels.flags.c_contiguous and path.stat().st_size == end + 4
+        if whole and zlib.crc32(pixels) == np.fromfile(path, ">u4", offset=end).item():
+            return torch.from_numpy(pixels[rows.numpy()])
+    return None

@@ -22,10 +22,10 @@ from torch import Tensor
 from datasets.cache import folders_in, is_debris, list_images, read_images
 from datasets.corruptions import SEVERITIES, check, constants_for, corrupt, corrupt_chunks
 from datasets.image_folder import labels_of
-from datasets.images import ImageSet, check_split, stable_seed
+from datasets.images import SPLITS, ImageSet, stable_seed
 from datasets.loader import fits
 from datasets.tiny_imagenet import published_order, short_name
-from utils.errors import InputError
+from utils.errors import InputError, check_known
 
 MADE = ".made.json"  # in a folder that make_corruptions.py wrote: {place in it: settings}
 
@@ -64,7 +64,7 @@ def corrupted_set(clean: ImageSet, corruption: str, split: str, how: Copies) -> 
     was named, and when images of this size have no constants of their own.
     """
     check(corruption, how.severity)
-    check_split(split)
+    check_known("split", split, SPLITS)
     if how.root is not None:
         found = load_published(clean, how.root, corruption, how.severity, split)
         if found is not None and clean.class_parity:
@@ -85,10 +85,8 @@ def corrupted_set(clean: ImageSet, corruption: str, split: str, how: Copies) -> 
     return replace(clean, images=out, source=source)
 
 
-def generate_chunks(
-    clean: ImageSet, corruption: str, split: str, how: Copies
-) -> Iterator[tuple[slice, Tensor]]:
-    """What `corrupted_set` generates, in order, by chunks: (rows, uint8 images on the device)."""
+def generate_chunks(clean: ImageSet, corruption: str, split: str, how: Copies) -> Iterator[Tensor]:
+    """What `corrupted_set` generates, in order, by chunks: uint8 images on the device."""
     draws = draws_of(how.seed, corruption, how.severity, split)
     return corrupt_chunks(clean.images, corruption, how.severity, draws, how.frost_dir, how.device)
 
@@ -131,7 +129,7 @@ def copy_names(clean: ImageSet) -> list[str]:
     The file's name in the clean set where that is kept as files too, else its row.
     """
     if clean.files:
-        return [_stem(short_name(name)) for name in clean.files]
+        return [short_name(name).rpartition(".")[0] for name in clean.files]
     places = zip(clean.labels.tolist(), clean.rows.tolist(), strict=True)
     return [f"{clean.classes[label]}/row{row:06d}" for label, row in places]
 
@@ -256,11 +254,10 @@ def _from_array(clean: ImageSet, place: Path, severity: int | None) -> tuple[Ten
 
 def _from_folders(clean: ImageSet, place: Path) -> tuple[Tensor, Tensor]:
     """The images of `clean` under NAME/SEVERITY/CLASS/, by name, else by their place in order."""
-    listed = list_images(place)
-    listed = [listed[i] for i in published_order(listed)]
+    listed = published_order(list_images(place))
     labels = labels_of(place, listed, clean.classes)
     # Formats may differ (JPEG copies of PNG images), so names are compared without suffix.
-    row_of = {_stem(short_name(name)): row for row, name in enumerate(listed)}
+    row_of = {short_name(name).rpartition(".")[0]: row for row, name in enumerate(listed)}
     names = copy_names(clean)
     rows = torch.tensor([row_of.get(name, -1) for name in names])
     missing = int((rows < 0).sum())
@@ -297,7 +294,3 @@ def _load_npy(place: Path, dtype: type, shape: tuple[int, ...], hint: str = "") 
         must = f"it must be {dtype.__name__} {shape}"
         raise InputError(f"{place} holds {array.dtype} {array.shape}; {must}{hint}")
     return array
-
-
-def _stem(name: str) -> str:
-    return name.rpartition(".")[0]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from utils.errors import InputError, suggest
+from utils.errors import InputError
 
 SPLITS = ("train", "val", "test", "all")
 CLASS_PARITIES = ("even", "odd")
@@ -109,13 +109,6 @@ def check_images(images: torch.Tensor) -> None:
     shape = tuple(images.shape)
     if images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
         raise InputError(f"images must be uint8 (N, 3, H, W), not {images.dtype} {shape}")
-
-
-def check_split(split: str, known: Sequence[str] = SPLITS) -> None:
-    """Raise InputError unless `split` is one of `known`."""
-    if split not in known:
-        hint = suggest(str(split), known)
-        raise InputError(f"unknown split {split!r}{hint}: one of {', '.join(known)}")
 
 
 def stable_seed(*parts: object) -> int:

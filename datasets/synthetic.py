@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.images import ImageSet, check_split, split_rows
-from utils.errors import InputError
+from datasets.images import ImageSet, split_rows
+from utils.errors import InputError, check_known
 
 SEED = 2302
 SIZES = {"all": 10_000, "test": 2_000, "pretrain": 10_000}
@@ -88,7 +88,7 @@ def load(split: str = "train", image_size: int | None = None) -> ImageSet:
     Returns an ImageSet, images uint8 (N, 3, image_size, image_size).
     Raises InputError for an unknown split and a size out of range.
     """
-    check_split(split, SPLITS)
+    check_known("split", split, SPLITS)
     side = 32 if image_size is None else image_size
     if not 16 <= side <= 256:
         raise InputError(f"synthetic images are 16 to 256 pixels wide, not --image_size {side}")

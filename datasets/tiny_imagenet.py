@@ -6,6 +6,7 @@ by number are validation, the published val images are the test set. Classes are
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -38,8 +39,7 @@ def part(root: Path, split: str) -> Part:
     names = list_images(folder)
     named = _annotated(folder, names, classes) if split == "test" else names
     place_of = {short_name(short): name for short, name in zip(named, names, strict=True)}
-    files = list(place_of)
-    files = [files[i] for i in published_order(files)]
+    files = published_order(place_of)
     labels = labels_of(folder, files, classes)
     if split != "test":
         check_classes(folder, labels, classes)
@@ -47,15 +47,14 @@ def part(root: Path, split: str) -> Part:
     return Part(folder, [place_of[file] for file in files], files, labels, classes, rows)
 
 
-def published_order(names: list[str]) -> list[int]:
-    """Positions of `names` by class folder, by the number that ends the file name, by name."""
+def published_order(names: Iterable[str]) -> list[str]:
+    """`names` by class folder, by the number that ends the file name, by name."""
 
-    def key(position: int) -> tuple[str, int, str]:
-        name = names[position]
+    def key(name: str) -> tuple[str, int, str]:
         number = _NUMBER.search(name)
         return name.partition("/")[0], int(number[1]) if number else -1, name
 
-    return sorted(range(len(names)), key=key)
+    return sorted(names, key=key)
 
 
 def short_name(name: str) -> str:

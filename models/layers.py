@@ -32,11 +32,8 @@ def depth_order(arch: str) -> tuple[tuple[str, ...], ...]:
     """
     layers: dict[str, list[str]] = {}
     for key in _parameter_keys(arch):
-        parts = key.split(".")
-        if arch.startswith("resnet"):  # layer2.0.conv1.weight → layer2.0; conv1.*, bn1.* → stem
-            name = ".".join(parts[:2]) if parts[0].startswith("layer") else "stem"
-        else:  # features.10.bias → features.10
-            name = ".".join(parts[:2])
+        # layer2.0.conv1.weight → layer2.0; features.10.bias → features.10; conv1.*, bn1.* → stem
+        name = ".".join(key.split(".")[:2]) if key.startswith(("layer", "features")) else "stem"
         layers.setdefault(name, []).append(key)
     return tuple(tuple(keys) for keys in layers.values())
 
@@ -63,12 +60,9 @@ def layer_keys(arch: str, keep_num: int, layers: str = "shallowest", seed: int =
     return [key for k in chosen for key in order[k]]
 
 
-def is_carried(arch: str, key: str) -> bool:
+def is_carried(key: str) -> bool:
     """Whether `key` is batch-norm affine or in a downsample branch: carried over, not projected."""
-    if not arch.startswith("resnet"):
-        return False
-    module = key.rsplit(".", 1)[0].rsplit(".", 1)[-1]
-    return "downsample" in key or module.startswith("bn")
+    return any(part.startswith(("bn", "downsample")) for part in key.split("."))
 
 
 def carried_keys(arch: str) -> list[str]:
@@ -77,7 +71,7 @@ def carried_keys(arch: str) -> list[str]:
     They come from the robust models whatever `keep_num` is.
     Empty for a VGG.
     """
-    return [key for key in _parameter_keys(arch) if is_carried(arch, key)]
+    return [key for key in _parameter_keys(arch) if is_carried(key)]
 
 
 def infer_arch(keys: Iterable[str]) -> str | None:

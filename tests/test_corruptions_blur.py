@@ -62,15 +62,13 @@ def test_zoom_rounds_halves_to_even():
     assert above[1] - above[0] == pytest.approx(25 / 32)
 
 
-@pytest.mark.parametrize(
-    ("border", "mode"), [("edge", "nearest"), ("reflect", "mirror"), ("symmetric", "reflect")]
-)
-def test_gaussian_borders_match_scipy(border, mode):
+@pytest.mark.parametrize("border", ["nearest", "reflect"])
+def test_gaussian_filters_match_scipy(border):
     x = torch.rand(2, 9, 13)
-    for sigma, cut in ((0.05, 4), (0.8, 4), (3.0, 3)):
-        taps = filters.gaussian_taps(sigma, cut)
-        rows, columns = (filters.band_matrix(side, taps, border) for side in x.shape[1:])
-        theirs = ndimage.gaussian_filter(x.numpy(), (0, sigma, sigma), mode=mode, truncate=cut)
+    for sigma, cut in ((0.05, 4.0), (0.8, 4.0), (3.0, 3.0)):
+        how = (sigma, border, cut, x.device, x.dtype)
+        rows, columns = (filters.gaussian_matrix(side, *how) for side in x.shape[1:])
+        theirs = ndimage.gaussian_filter(x.numpy(), (0, sigma, sigma), mode=border, truncate=cut)
         np.testing.assert_allclose((rows @ x @ columns.T).numpy(), theirs, atol=1e-5)
-        if border == "edge" and cut == 4:
+        if border == "nearest" and cut == 4:
             np.testing.assert_allclose(filters.gaussian_blur(x, sigma).numpy(), theirs, atol=1e-5)

@@ -202,7 +202,8 @@ def no_values(monkeypatch):
     monkeypatch.setattr(signature, "backbone_hash", lambda _: "0")
 
 
-def test_a_signature_on_the_cpu_patches_a_model_on_the_gpu(gpu, no_values):
+def test_a_signature_on_the_cpu_patches_a_model_on_the_gpu(gpu, no_values, monkeypatch):
+    monkeypatch.setattr("copy.deepcopy", lambda model: model)  # fake tensors can't be copied so
     with CUDA:
         model = build_model("resnet18", 4)
     states = [{k: torch.empty_like(t, device="cpu") for k, t in model.state_dict().items()}] * 3

@@ -6,6 +6,7 @@ momentum b/(n + b) for a batch of b after n images. For a strength a < 1 the res
 θ_std patched at α = 1; then no images are needed.
 """
 
+import copy
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -74,43 +75,31 @@ def reestimate(
     Parameters are not touched and the model's mode is left as it was.
     Raises InputError where there are no batches of images; the statistics are then as before.
     """
-    layers = _layers(model)
     if not 0 <= strength <= 1:
         raise InputError(f"strength {strength}: must be 0 to 1")
-    if strength == 0 or not layers:
+    if strength == 0 or not has_batchnorm(model):
         return
-    device = next(model.parameters()).device
-    before = running_statistics(model)
-    momenta = [m.momentum for m in layers]
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
+    work = copy.deepcopy(model).eval()  # so that the model stays whole, whatever happens
+    layers = _layers(work)
     for layer in layers:
         layer.reset_running_stats()
         layer.train()
-    seen, whole = 0, False
-    try:
-        # One context for all, so that weights are cast to bf16 once.
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            for loader in loaders:
-                batches = [loader] if _is_batch(loader) else loader  # `loaders` is one loader
-                for batch in tqdm(batches, desc="batch-norm statistics", disable=None, leave=False):
-                    images = (batch if isinstance(batch, Tensor) else batch[0]).to(device)
-                    if not len(images):
-                        continue
-                    if not images.is_floating_point():
-                        images = images.float() / 255
-                    for layer in layers:
-                        layer.momentum = len(images) / (seen + len(images))
-                    model(images)
-                    seen += len(images)
-        if not seen:
-            raise InputError("no images to re-estimate the batch-norm statistics from")
-        whole = True
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-        for key, statistic in before.items() if not whole else ():
-            model.get_buffer(key).copy_(statistic)
-        for module, training in modes.items():
-            module.training = training
-    interpolate(model, before, 1 - strength)
+    device, seen = next(model.parameters()).device, 0
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp):  # one: weights are cast once
+        for loader in loaders:
+            batches = [loader] if _is_batch(loader) else loader  # `loaders` is one loader
+            for batch in tqdm(batches, desc="batch-norm statistics", disable=None, leave=False):
+                images = (batch if isinstance(batch, Tensor) else batch[0]).to(device)
+                if not len(images):
+                    continue
+                if not images.is_floating_point():
+                    images = images.float() / 255
+                for layer in layers:
+                    layer.momentum = len(images) / (seen + len(images))
+                work(images)
+                seen += len(images)
+    if not seen:
+        raise InputError("no images to re-estimate the batch-norm statistics from")
+    interpolate(work, running_statistics(model), 1 - strength)
+    for key, buffer in work.named_buffers():
+        model.get_buffer(key).copy_(buffer)

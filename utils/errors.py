@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 
@@ -25,6 +25,13 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """ " (did you mean 'x'?)" for the nearest of `known`, or "" where nothing is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def check_known(what: str, name: object, known: Collection[str]) -> None:
+    """Raise InputError unless `name` is one of `known`; what: it names, for the message."""
+    if name not in known:
+        hint = suggest(str(name), known)
+        raise InputError(f"unknown {what} {name!r}{hint}: one of {', '.join(known)}")
 
 
 def _say(kind: str, message: object) -> None:

@@ -34,7 +34,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.parent / f".{path.name}.tmp{path.suffix}"  # savers go by the suffix
-    with _refusals_of(path):
+    with refusals_of(path):
         if path.is_char_device():  # as /dev/null, whose place root's file would take
             raise InputError(f"cannot write {path}: a device, name a file")
         file, _ = _open_locked(temporary)
@@ -70,7 +70,7 @@ def check_writable(folder: str | os.PathLike) -> None:
     """
     folder = Path(folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    with _refusals_of(f"to {folder}"), tempfile.TemporaryFile(dir=existing):
+    with refusals_of(f"to {folder}"), tempfile.TemporaryFile(dir=existing):
         pass
 
 
@@ -90,7 +90,7 @@ def hold(path: str | os.PathLike, refusal: str | None = None) -> Iterator[None]:
         print(f"waiting for {holder}", file=sys.stderr)
 
     path = Path(path).absolute()
-    with _refusals_of(path):
+    with refusals_of(path):
         file, made = _open_locked(path, busy)
     try:
         with contextlib.suppress(OSError):  # for people only; a full disk may refuse it
@@ -157,9 +157,11 @@ def _is_at(file: io.FileIO, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _refusals_of(what: object) -> Iterator[None]:
-    """Raise an InputError, `what` can't be written, where the system refuses something."""
+def refusals_of(what: object, verb: str = "write") -> Iterator[None]:
+    """Raise an InputError, `what` can't be written (or read), where the system refuses."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write {what}: {error.strerror or error}") from error
+        if verb == "read" and error.filename:  # in a folder `what`; written is a temporary file
+            what = error.filename
+        raise InputError(f"cannot {verb} {what}: {error.strerror or error}") from error

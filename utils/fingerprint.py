@@ -100,13 +100,12 @@ def strengths(
     found = []
     for images in parts:
         best, strength = 0.0, STRENGTHS[-1]
+        images = images.to(labels.device).float() / 255
         for alpha in reversed([a for a in STRENGTHS if a >= max(found, default=0)]):
             named = _patched(model, signature if alpha else None, alpha)
-            batches = zip(
-                images.to(labels.device).split(_AT_ONCE), labels.split(_AT_ONCE), strict=True
-            )
+            batches = zip(images.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True)
             right = sum(
-                (functional_call(model, named, some.float() / 255).argmax(1) == theirs).sum().item()
+                (functional_call(model, named, some).argmax(1) == theirs).sum().item()
                 for some, theirs in batches
             )
             if right < best - SLACK / 100 * len(labels):
@@ -139,10 +138,9 @@ class SignatureBank:
             raise InputError(f"two signatures against one corruption: {', '.join(map(str, files))}")
         prints = [s.fingerprint for s in signatures]
         self.size = tuple(int(n) for n in prints[0]["size"])
-        first = [prints[0][name][:1] for name in ("mean", "covariance")]  # clean images
-        mean, triangle = (
-            torch.cat([clean, *(p[name][1:] for p in prints)]).double()
-            for name, clean in zip(("mean", "covariance"), first, strict=True)
+        mean, triangle = (  # clean images, then each corruption's severities
+            torch.cat([prints[0][name][:1], *(p[name][1:] for p in prints)]).double()
+            for name in ("mean", "covariance")
         )
         lower = torch.zeros(len(mean), STATISTICS, STATISTICS, dtype=torch.float64)
         lower[:, LOWER[0], LOWER[1]] = triangle

@@ -49,8 +49,8 @@ def learn(
     for s in signatures:
         check_fits(model, s)
     device = next(model.parameters()).device
-    order = depth_order(signatures[0].arch)
-    layers = [keys for each in order if (keys := [k for k in each if _holds(signatures, k)])]
+    held, order = {k for s in signatures for k in s.tensors}, depth_order(signatures[0].arch)
+    layers = [keys for each in order if (keys := [k for k in each if k in held])]
     place = {key: i if per_layer else 0 for i, keys in enumerate(layers) for key in keys}
     θ = {key: model.get_parameter(key).detach() for key in place}
     RWS = {
@@ -84,10 +84,6 @@ def words(signature: RobustWeightSignature) -> list[str]:
     """A line for each learnt weight, or weights, the shallowest layer's first."""
     told = {name: " ".join(f"{x:.3f}" for x in w) for name, w in signature.weights.items()}
     return [f"w {name:<20} {numbers}" for name, numbers in told.items()]
-
-
-def _holds(signatures: Sequence[RobustWeightSignature], key: str) -> bool:
-    return any(key in s.tensors for s in signatures)
 
 
 def _batches(

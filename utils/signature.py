@@ -198,7 +198,7 @@ class RobustWeightSignature:
             for key in keys:
                 device = states["standard"][key].device
                 θ_pre, θ_std, θ_c = (states[role][key].to(device).float() for role in roles)
-                if is_carried(arch, key):
+                if is_carried(key):
                     tensors[key] = θ_c - θ_std
                 else:
                     Δ_std, Δ_c = θ_std - θ_pre, θ_c - θ_pre
@@ -293,7 +293,7 @@ class RobustWeightSignature:
         codes = {
             key: quantize.encode(tensor.cpu(), levels, scheme, per_channel)
             for key, tensor in self.tensors.items()
-            if not (bn_float and is_carried(self.arch, key))
+            if not (bn_float and is_carried(key))
         }
         decoded = {k: quantize.decode(q).to(self.tensors[k].device) for k, q in codes.items()}
         form = {"levels": levels, "scheme": scheme, "per_channel": per_channel}

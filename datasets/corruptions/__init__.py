@@ -7,7 +7,6 @@ Every corruption is one function of (images, constants of one severity, random d
 blur.py, weather.py or digital.py, with the table of its constants beside it.
 """
 
-import contextlib
 import inspect
 import math
 import warnings
@@ -19,7 +18,7 @@ from torch import Tensor
 from datasets.corruptions import blur, digital, noise, weather
 from datasets.corruptions.draws import BLOCK, Draws
 from datasets.images import check_images
-from utils.errors import InputError, suggest, thread_pool
+from utils.errors import InputError, check_known, thread_pool
 
 # name → (function, its constants {32: severity 1..5, 64: the same for images above 48 pixels})
 _TABLE = {
@@ -56,7 +55,7 @@ def corrupt(
     images: Tensor,
     name: str,
     severity: int,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
     frost_dir: str | None = None,
     device: torch.device | str | None = None,
     out: Tensor | None = None,
@@ -65,56 +64,15 @@ def corrupt(
 
     images: uint8 (N, 3, H, W) on any device. severity: 1..5; images up to 48 pixels use the
     constants of CIFAR-10-C, larger ones those of Tiny-ImageNet-C. generator: gives the seed of
-    all draws (default: torch's global CPU generator); one on the CPU serves images on any device.
-    frost_dir: folder with the frost photographs, for "frost". device: where images are corrupted, a
-    chunk at a time (default: where they are). out: uint8 (N, 3, H, W) to fill, on any device
-    (default: a new one where `images` are). Returns it.
+    all draws, or is that seed (default: torch's global CPU generator); one on the CPU serves images
+    on any device. frost_dir: folder with the frost photographs, for "frost". device: where images
+    are corrupted, a chunk at a time (default: where they are). out: uint8 (N, 3, H, W) to fill, on
+    any device (default: a new one where `images` are). Returns it.
     Raises InputError for an unknown name, severity, shape or dtype.
     """
-    return _corrupt(images, name, severity, _base_seed(generator), 0, frost_dir, device, out)
-
-
-def corrupt_chunks(
-    images: Tensor,
-    name: str,
-    severity: int,
-    generator: torch.Generator | None = None,
-    frost_dir: str | None = None,
-    device: torch.device | str | None = None,
-) -> Iterator[tuple[slice, Tensor]]:
-    """What `corrupt` gives, a chunk at a time and in order: (rows, their corrupted images).
-
-    For sets too large to have twice in memory. device: where each chunk is moved and corrupted
-    (default: where `images` are); the draws are those of `corrupt` on that device.
-    """
-    seed, device = _base_seed(generator), torch.device(device or images.device)
-    side_by_side = torch.get_num_threads() if device.type == "cpu" else 1
-    step = BLOCK * _blocks_per_chunk(images, device) * side_by_side
-    for start in range(0, len(images), step):
-        part = images[start : start + step].to(device)
-        rows, block = slice(start, start + len(part)), start // BLOCK
-        yield rows, _corrupt(part, name, severity, seed, block, frost_dir)
-
-
-def _base_seed(generator: torch.Generator | None) -> int:
-    where = "cpu" if generator is None else generator.device
-    return int(torch.randint(2**62, (), generator=generator, device=where))
-
-
-def _corrupt(
-    images: Tensor,
-    name: str,
-    severity: int,
-    seed: int,
-    first_block: int,
-    frost_dir: str | None,
-    device: torch.device | str | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """`images`, which start at block `first_block` of their set, corrupted chunk by chunk."""
     check(name, severity)
     _check_images(images, name)
-    device = torch.device(device or images.device)
+    seed, device = _base_seed(generator), torch.device(device or images.device)
     function, table = _TABLE[name]
     c = table[_table_side(max(images.shape[-2:]))][severity - 1]
     parameters = inspect.signature(function).parameters
@@ -126,12 +84,48 @@ def _corrupt(
         part = images[start : start + chunk].to(device).contiguous()
         more = {"frost_dir": frost_dir} if "frost_dir" in parameters else {}
         if "draws" in parameters:
-            more["draws"] = Draws(len(part), device, seed, first_block + start // BLOCK)
+            more["draws"] = Draws(len(part), device, seed + start // BLOCK)
         out[start : start + chunk] = function(part, c, **more)
 
-    with _full_precision():
-        _for_each(work, range(0, len(images), chunk), device)
+    # Matrix products in float32, whatever training allows: TF32 and bf16 would move pixel values,
+    # and integers above 2048 are to stay exact. The precision holds for the process, as PyTorch
+    # keeps it; autocast, which each thread has of its own, is off in new ones anyway.
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            _for_each(work, range(0, len(images), chunk), device)
+    finally:
+        torch.set_float32_matmul_precision(before)
     return out
+
+
+def corrupt_chunks(
+    images: Tensor,
+    name: str,
+    severity: int,
+    generator: torch.Generator | None = None,
+    frost_dir: str | None = None,
+    device: torch.device | str | None = None,
+) -> Iterator[Tensor]:
+    """What `corrupt` gives, a chunk at a time and in order.
+
+    For sets too large to have twice in memory. device: where each chunk is moved and corrupted
+    (default: where `images` are); the draws are those of `corrupt` on that device.
+    """
+    seed, device = _base_seed(generator), torch.device(device or images.device)
+    side_by_side = torch.get_num_threads() if device.type == "cpu" else 1
+    step = BLOCK * _blocks_per_chunk(images, device) * side_by_side
+    for start in range(0, len(images), step):
+        part = images[start : start + step].to(device)
+        yield corrupt(part, name, severity, seed + start // BLOCK, frost_dir)
+
+
+def _base_seed(generator: torch.Generator | int | None) -> int:
+    if isinstance(generator, int):
+        return generator
+    where = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**62, (), generator=generator, device=where))
 
 
 def _table_side(side: int) -> int:
@@ -150,22 +144,6 @@ def constants_for(images: Tensor) -> str:
             stacklevel=2,
         )
     return words
-
-
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """Matrix products in float32, whatever training allows: TF32 and bf16 would move pixel values.
-
-    Under it integers above 2048 stay exact. The precision holds for the process, as PyTorch keeps
-    it; autocast, which each thread has of its own, is off in new ones anyway.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _for_each(work: Callable[[int], None], starts: range, device: torch.device) -> None:
@@ -196,11 +174,7 @@ def _blocks_per_chunk(images: Tensor, device: torch.device) -> int:
 
 def check(name: str, severity: int) -> None:
     """Raise InputError unless `name` is one of CORRUPTIONS and `severity` 1 to SEVERITIES."""
-    if name not in CORRUPTIONS:
-        raise InputError(
-            f"unknown corruption {name!r}{suggest(str(name), CORRUPTIONS)}; "
-            f"known: {', '.join(CORRUPTIONS)}"
-        )
+    check_known("corruption", name, CORRUPTIONS)
     if isinstance(severity, bool) or severity not in range(1, SEVERITIES + 1):
         raise InputError(f"--severity {severity}: must be a whole number from 1 to {SEVERITIES}")
 

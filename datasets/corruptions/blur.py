@@ -9,9 +9,9 @@ import functools
 import math
 
 import numpy as np
-import scipy.sparse
 import torch
 import torch.nn.functional as F
+from scipy import ndimage, sparse
 from torch import Tensor
 
 from datasets.corruptions import filters
@@ -30,20 +30,13 @@ def defocus_blur(images: Tensor, c: tuple[float, float]) -> Tensor:
     return _apply(_disk_operator(*images.shape[-2:], *c, images.device), images)
 
 
-def disk_kernel(r: float, a: float) -> np.ndarray:
-    """The disk X² + Y² ≤ r², normalized, then smoothed by a 3×3 Gaussian of σ = a; float64."""
+@functools.lru_cache(maxsize=32)
+def _disk_operator(height: int, width: int, r: float, a: float, device: torch.device):
+    """The disk X² + Y² ≤ r², normalized, then smoothed by a 3×3 Gaussian of σ = a."""
     reach = math.floor(r) + 1
     k = np.arange(-reach, reach + 1)
     disk = (k[:, None] ** 2 + k**2 <= r**2).astype(np.float64)
-    taps = np.exp(-(np.arange(-1, 2) ** 2) / (2 * a**2))
-    smoothing = np.array([np.convolve(row, taps / taps.sum(), "same") for row in np.eye(len(k))])
-    return smoothing @ (disk / disk.sum()) @ smoothing
-
-
-@functools.lru_cache(maxsize=32)
-def _disk_operator(height: int, width: int, r: float, a: float, device: torch.device):
-    kernel = disk_kernel(r, a)
-    reach = len(kernel) // 2
+    kernel = ndimage.gaussian_filter(disk / disk.sum(), a, mode="constant", radius=1)
     source = np.pad(np.arange(height * width).reshape(height, width), reach, mode="reflect")
     pixels, reads, weights = np.arange(height * width), [], []
     for (i, j), weight in np.ndenumerate(kernel):
@@ -52,7 +45,7 @@ def _disk_operator(height: int, width: int, r: float, a: float, device: torch.de
             weights.append(np.full(pixels.size, weight))
     entries = (np.tile(pixels, len(reads)), np.concatenate(reads))
     shape = (pixels.size, pixels.size)
-    return _operator(scipy.sparse.coo_array((np.concatenate(weights), entries), shape), device)
+    return _operator(sparse.coo_array((np.concatenate(weights), entries), shape), device)
 
 
 # (σ, δ, n): σ of both filters, reach of a copy in pixels, number of passes
@@ -131,12 +124,12 @@ def zoom_blur(images: Tensor, c: float) -> Tensor:
 def _zoom_operator(height: int, width: int, c: float, device: torch.device):
     # The step as numpy.arange takes it: 25 steps give 1.2500000000000002, and 26·f rounds up.
     factors = [1 + i * ((1 + 0.01) - 1) for i in range(round((c - 1) / 0.01) + 1)]
-    total = scipy.sparse.eye_array(height * width, format="csr")
+    total = sparse.eye_array(height * width, format="csr")
     for factor in factors:
         rows, columns = (
-            scipy.sparse.coo_array(filters.zoom_weights(side, factor)) for side in (height, width)
+            sparse.coo_array(filters.zoom_weights(side, factor)) for side in (height, width)
         )
-        total = total + scipy.sparse.kron(rows, columns, "csr")
+        total = total + sparse.kron(rows, columns, "csr")
     return _operator(total / (len(factors) + 1), device)
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasets.corruptions.filters import band_matrix, gaussian_taps, on_device, truncate
+from datasets.corruptions.filters import gaussian_matrix, on_device, truncate
 
 CONTRAST = {32: (0.75, 0.5, 0.4, 0.3, 0.15), 64: (0.4, 0.3, 0.2, 0.1, 0.05)}
 
@@ -94,8 +94,7 @@ def elastic_transform(images: Tensor, c: tuple[float, float, float], draws) -> T
 
     if a > 0:
         noise = draws.uniform(2, side, side, low=-1.0, high=1.0)
-        taps = gaussian_taps(sigma * side, truncate=3.0)
-        smooth = band_matrix(side, taps, "symmetric", x.device)
+        smooth = gaussian_matrix(side, sigma * side, "reflect", 3.0, x.device, x.dtype)
         # grid_sample's pixel is 2/H wide, so a·H pixels are 2a.
         fields = torch.matmul(2 * a * smooth, torch.matmul(noise, smooth.T))
         centres = (torch.arange(side, device=x.device) * 2 + 1) / side - 1
@@ -273,12 +272,8 @@ def _both_ways(down: Tensor, across: Tensor, x: Tensor) -> Tensor:
 
 def _pad_to_blocks(x: Tensor) -> Tensor:
     """Repeat the last row and column of x (C, H, W, n) until H and W are multiples of 8."""
-    for axis in (1, 2):
-        size = x.shape[axis]
-        if size % 8:
-            index = torch.arange(-(-size // 8) * 8, device=x.device).clamp_(max=size - 1)
-            x = x.index_select(axis, index)
-    return x
+    _, height, width, _ = x.shape
+    return F.pad(x[None], (0, 0, 0, -width % 8, 0, -height % 8), mode="replicate")[0]
 
 
 @functools.lru_cache(maxsize=64)

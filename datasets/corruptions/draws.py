@@ -14,19 +14,17 @@ _PIECE = 2**15  # values: 128 blocks of CUDA threads, what 22 multiprocessors ho
 
 
 class Draws:
-    """Independent draws for the `n` images that start at block `first_block`.
+    """Independent draws for `n` images; `seed`: that of their first block.
 
     Every method returns a tensor (n, *shape) on `device` and moves the streams on. Tests put an
     object with the same three methods in its place to replay recorded draws.
     """
 
-    def __init__(self, n: int, device: torch.device | str, seed: int, first_block: int = 0):
+    def __init__(self, n: int, device: torch.device | str, seed: int):
         self.n = n
         self.device = torch.device(device)
-        blocks = range(first_block, first_block + -(-n // BLOCK))
-        self._generators = [
-            torch.Generator(self.device).manual_seed(seed + block) for block in blocks
-        ]
+        seeds = range(seed, seed - (-n // BLOCK))
+        self._generators = [torch.Generator(self.device).manual_seed(each) for each in seeds]
 
     def _filled(self, shape: tuple[int, ...], dtype: torch.dtype, fill: str, *limits) -> Tensor:
         out = torch.empty(self.n, *shape, dtype=dtype, device=self.device)

@@ -10,6 +10,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 
 # Rounding leaves what is a whole number in exact arithmetic up to this much below it, and
@@ -38,41 +39,25 @@ def on_device(table: tuple, device: torch.device) -> Tensor:
     return torch.tensor(table, dtype=torch.float32, device=device)
 
 
-def gaussian_taps(sigma: float, truncate: float = 4.0) -> tuple[float, ...]:
-    """Gaussian kernel of radius int(truncate·σ + ½), normalized to 1."""
-    radius = int(truncate * sigma + 0.5)
-    k = np.arange(-radius, radius + 1)
-    taps = np.exp(-0.5 * (k / sigma) ** 2)
-    return tuple(taps / taps.sum())
-
-
 @functools.lru_cache(maxsize=256)
-def band_matrix(
-    size: int,
-    taps: tuple[float, ...],
-    border: str,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+def gaussian_matrix(
+    size: int, sigma: float, border: str, cut: float, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """The correlation with `taps` along an axis of `size`, as a (size, size) matrix.
+    """The Gaussian filter along an axis of `size`, as a (size, size) matrix.
 
-    border, as in numpy.pad: "edge" repeats the edge, "reflect" mirrors without repeating it,
-    "symmetric" mirrors with the edge repeated. Cached: don't write to the result.
+    border and cut (of the kernel, in σ): mode and truncate of scipy.ndimage.gaussian_filter1d.
+    Cached: don't write to the result.
     """
-    radius = len(taps) // 2
-    source = np.pad(np.arange(size), radius, mode=border)
-    matrix = np.zeros((size, size))
-    for k, tap in enumerate(taps):
-        np.add.at(matrix, (np.arange(size), source[k : k + size]), tap)
+    matrix = ndimage.gaussian_filter1d(np.eye(size), sigma, axis=0, mode=border, truncate=cut)
     return torch.from_numpy(matrix).to(device, dtype)
 
 
 def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
-    """Gaussian filter of float32 or float64 (…, H, W), edges replicated."""
-    taps = gaussian_taps(sigma)
-    if len(taps) == 1:
+    """Gaussian filter of float32 or float64 (…, H, W), cut at 4σ, edges replicated."""
+    if sigma < 1 / 8:  # one tap
         return x
-    rows, columns = (band_matrix(side, taps, "edge", x.device, x.dtype) for side in x.shape[-2:])
+    how = (sigma, "nearest", 4.0, x.device, x.dtype)
+    rows, columns = (gaussian_matrix(side, *how) for side in x.shape[-2:])
     return rows @ (x @ columns.T)
 
 
@@ -128,10 +113,7 @@ def zoom_weights(size: int, factor: float) -> np.ndarray:
 
 def interpolation(position: np.ndarray, size: int) -> np.ndarray:
     """Linear interpolation at each `position` (n,) of an axis of `size`, as a (n, size) matrix."""
-    low = position.astype(int).clip(max=size - 2)
-    rows, matrix = np.arange(len(position)), np.zeros((len(position), size))
-    matrix[rows, low], matrix[rows, low + 1] = 1 - (position - low), position - low
-    return matrix
+    return np.stack([np.interp(position, np.arange(size), row) for row in np.eye(size)], 1)
 
 
 @functools.lru_cache(maxsize=256)
