@@ -38,10 +38,9 @@ from datasets.loader import BatchLoader, augmentation_for, evaluation_batches
 from datasets.normalization import normalization
 from device_checks import Ways, check, measure
 from models import build_model
-from models.vgg import MIN_SIDE, VGGS
 from utils import arguments, engine, report
 from utils.arguments import count, flag, number
-from utils.errors import InputError, script_errors
+from utils.errors import script_errors
 from utils.files import check_writable, write_text
 from utils.signature import Method, RobustWeightSignature, patch, project_out
 
@@ -96,8 +95,7 @@ def load_images(args: Namespace, split: str = "train") -> ImageSet:
 
 def new_model(args: Namespace, images: ImageSet, seed: int = 0) -> nn.Module:
     """Random weights from `seed`. Raises InputError for images too small for --arch."""
-    if args.arch in VGGS and (side := images.images.shape[-1]) < MIN_SIDE:
-        raise InputError(f"--arch {args.arch}: needs --image_size {MIN_SIDE} or more, not {side}")
+    engine.check_side(args.arch, images.images)
     torch.manual_seed(seed)
     return build_model(args.arch, len(images.classes), *normalization(images.name, images))
 

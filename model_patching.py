@@ -40,7 +40,7 @@ from models import build_model
 from utils import arguments, log, report, sources
 from utils import checkpoint as ckpt
 from utils.batchnorm import has_batchnorm, interpolate, reestimate, running_statistics
-from utils.engine import arithmetic, choose_device, evaluate, to_device, use_amp
+from utils.engine import arithmetic, check_side, choose_device, evaluate, to_device, use_amp
 from utils.errors import script_errors
 from utils.fingerprint import SignatureBank
 from utils.learn import BATCH, STEPS, learn, words
@@ -66,6 +66,7 @@ class Patching:
         self.stored = sources.load_signatures(args)
         base = ckpt.read(args.base_model)
         clean = flags.load_images(args, args.data, "test")
+        check_side(args.arch, clean.images)
         path = args.patched_model or args.base_model
         checkpoint = ckpt.read(path) if args.patched_model else base
         self.facts = flags.data_facts(args, clean)
@@ -186,9 +187,12 @@ class Patching:
         finally:
             self.target.load_state_dict(original)
 
-    def corrupted(self, clean: ImageSet, name: str, split: str, severity: int) -> ImageSet:
-        """The `name` copy of a clean split: published under --corruption_data, or generated."""
-        where = self.args.corruption_data, self.args.frost_dir, self.device
+    def corrupted(
+        self, clean: ImageSet, name: str, split: str, severity: int, published: bool = True
+    ) -> ImageSet:
+        """The `name` copy of a clean split: `published` under --corruption_data, or generated."""
+        root = self.args.corruption_data if published else None
+        where = root, self.args.frost_dir, self.device
         how = Copies(severity, self.args.seed, *where, resident=True)
         return corrupted_set(clean, name, split, how)
 

@@ -34,7 +34,6 @@ from datasets.images import ImageSet, fingerprint, stable_seed
 from datasets.loader import BatchLoader, augmentation_for, evaluation_batches, fits
 from datasets.normalization import normalization
 from models import build_model
-from models.vgg import MIN_SIDE, VGGS
 from utils import arguments, distributed, engine, report
 from utils import checkpoint as ckpt
 from utils.errors import InputError, script_errors
@@ -139,10 +138,10 @@ def start_model(args: Namespace, clean: ImageSet) -> tuple[nn.Module, str | None
 
 def check_images(args: Namespace, loader: BatchLoader) -> None:
     """Raise InputError where the architecture can't train on such images or batches."""
-    side = min(loader.images.shape[-2:])
-    if args.arch in VGGS and side < MIN_SIDE:
-        told = f"images of {side} pixels are too small, use --image_size {MIN_SIDE}"
-        raise InputError(f"{args.arch}: {told}")
+    engine.check_side(args.arch, loader.images)
+    if loader.whole_batch(len(loader) - 1) < loader.ranks:
+        told = f"{len(loader.images)} training images are fewer than the {loader.ranks} processes"
+        raise InputError(f"--nproc_per_node: {told}")
     # Batch norm has the whole batch on CUDA, on a CPU each process its own part.
     parts = loader.ranks if loader.device.type == "cpu" else 1
     fewest = loader.whole_batch(len(loader) - 1) // parts
@@ -304,6 +303,11 @@ def resume(args: Namespace, run: dict, parts: dict, progress: dict) -> bool | No
             if (path.parent / name).is_file():
                 ckpt.save(ckpt.read(path.parent / name), folder / name)
         ckpt.save(saved, folder / ckpt.LAST)
+    for name, best in ((ckpt.BEST_SA, "best_sa"), (ckpt.BEST_RA, "best_ra")):
+        if progress[best] >= 0 and not (path.parent / name).is_file():
+            said = f"{path.parent} has no {name}: the best of the epochs to come is taken"
+            warnings.warn(said, stacklevel=2)
+            progress[best] = -1.0
     print(f"resumed {path} after epoch {progress['epoch']}")
     return saved.get("amp")
 

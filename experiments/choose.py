@@ -80,14 +80,14 @@ def measure(study) -> Iterator[dict]:
         few = spaced(load_images(args, args.data, "test"), FEW)
         chooser.margin = ways[0][1]
         for a in names if tuple(few.images.shape[2:]) == chooser.size else ():
-            images = run.corrupted(few, a, "test", run.args.severity[0])
+            images = run.corrupted(few, a, "test", run.args.severity[0], published=False)
             for b, share in bank.named(chooser, images, run.device).items():
                 yield {**where, "a": a, "b": b, "value": share / 100}
 
 
 def _beside_standard(run, chooser, ways, few, names, severity) -> Iterator[tuple[str, dict]]:
     """RA under each of `names` where images choose, one at a time, and of the standard model."""
-    sets = {c: run.corrupted(few, c, "test", severity) for c in names}
+    sets = {c: run.corrupted(few, c, "test", severity, published=False) for c in names}
     with run.autocast:  # with a margin that is infinite none is chosen
         both = bank.measure(chooser, run.target, sets, [ways[0], (1, math.inf)])
     yield from ((model, one["RA"]) for model, one in zip((CHOSEN, STANDARD), both, strict=True))

@@ -17,7 +17,7 @@ from datasets.normalization import normalization
 from models import build_model
 from models.vgg import VGGS, add_batchnorm, fold_batchnorm
 from utils import checkpoint as ckpt
-from utils.engine import TrainStep, choose_device, sgd, to_device, train_epoch, use_amp
+from utils.engine import TrainStep, check_side, choose_device, sgd, to_device, train_epoch, use_amp
 from utils.files import hold
 
 
@@ -36,6 +36,7 @@ def make_pretrained(args: argparse.Namespace, time_left: Callable[[int], str]) -
         split = "train" if args.pretrain_classes else "pretrain"
         which = args.image_size, args.pretrain_classes, args.train_images
         images = datasets.load(args.dataset, args.data, split, *which)
+        check_side(args.arch, images.images)
         count = f"{len(images):,} images of {len(images.classes)} other classes"
         print(f"θ_pre: {args.arch} on {count}", flush=True)
         pretrain(args, images, path, time_left)

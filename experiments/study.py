@@ -123,7 +123,8 @@ class Study:
     @property
     def union_seeds(self) -> list[int]:
         """The seeds of which one model is trained on all corruptions."""
-        every = self.args.corruptions if PRESETS[self.args.preset].union else None
+        several = PRESETS[self.args.preset].union and len(self.args.corruptions) > 1
+        every = self.args.corruptions if several else None
         return [seed for seed, names in self.seeds if names == every]
 
     @functools.cached_property
@@ -183,7 +184,8 @@ class Study:
 
     def list_commands(self, jobs: Sequence[Job]) -> None:
         """Print a command line for each model that is missing."""
-        if self.args.pretrains and not Path(self.args.pretrained).exists():
+        force = self.args.force
+        if self.args.pretrains and (force or not Path(self.args.pretrained).exists()):
             own = [arg for arg in self.args.command_line[1:] if arg != "--list"]
             print(shlex.join(["python", "reproduce.py", "pretrain", *own]))
             print("# when that is done:")
@@ -191,8 +193,8 @@ class Study:
             if stage > 0:
                 print("# when these are done:")
             for job in of_stage:
-                if self.args.force or not job.done:
-                    command = ["python", "train_corruption.py", *job.command(self.args.force)]
+                if force or not job.done:
+                    command = ["python", "train_corruption.py", *job.command(force)]
                     print(shlex.join(command))
 
     def train(self, jobs: Sequence[Job]) -> None:

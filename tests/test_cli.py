@@ -199,6 +199,11 @@ def test_resume_refuses_another_recipe_or_start(models, cifar, tmp_path):
     last = tmp_path / "a" / "checkpoint.pth.tar"
     train(*base, "--save_dir", tmp_path / "b", "--resume", last)
     assert (tmp_path / "b" / "model_SA_best.pth.tar").exists()
+    # Without them the best of the epochs to come is taken.
+    (tmp_path / "a" / "model_SA_best.pth.tar").unlink()
+    with pytest.warns(UserWarning, match="a has no model_SA_best"):
+        result = train(*base, "--epochs", 2, "--save_dir", tmp_path / "c", "--resume", last)
+    assert result["epoch"] == 2
 
 
 # ---- patching -------------------------------------------------------------------------------

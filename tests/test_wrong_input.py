@@ -149,6 +149,7 @@ PATCH = [
     ("without --corruption_model_root", r"--corruption_model_root is needed"),
     ("--corruption snoww", r"--corruption snoww: .*'snow'"),
     ("--keep_num 0", r"--keep_num 0: must be at least 1"),
+    ("--arch vgg11 --image_size 12", r"vgg11: images of 12 pixels are too small, use"),
     ("--keep_num 99", r"--keep_num 99: resnet18 has"),
     ("--alpha=-inf", r"--alpha -inf: must be finite"),
     ("--alpha -inf", r"--alpha -inf: must be finite"),

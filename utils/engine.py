@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from tqdm import tqdm
 
+from models.vgg import MIN_SIDE, VGGS
 from utils import distributed
 from utils.errors import InputError
 
@@ -128,6 +129,14 @@ def to_device(model: nn.Module, device: torch.device, amp: bool) -> nn.Module:
     # By their speed, which differs from run to run.
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     return model.to(device, memory_format=memory_format(device, amp))
+
+
+def check_side(arch: str, images: Tensor) -> None:
+    """Raise InputError where `images` (n, 3, H, W) are too small for `arch`."""
+    side = min(images.shape[-2:])
+    if arch in VGGS and side < MIN_SIDE:
+        told = f"images of {side} pixels are too small, use --image_size {MIN_SIDE}"
+        raise InputError(f"{arch}: {told}")
 
 
 def compile_model(model: nn.Module, device: torch.device) -> None:

@@ -115,14 +115,16 @@ def patch(model: nn.Module, signature: RobustWeightSignature, alpha: float = 1.0
 
 def check_fits(model: nn.Module, signature: RobustWeightSignature) -> None:
     """Raise InputError, and warn, where `patch` does."""
-    parameters = dict(model.named_parameters()) | dict(model.named_buffers())
     name = f"signature of {signature.name}"
-    for key, tensor in (signature.tensors | signature.statistics).items():
-        if key not in parameters:
-            raise InputError(f"{name} is for {signature.arch}: the model has no {key}")
-        theirs, ours = tuple(parameters[key].shape), tuple(tensor.shape)
-        if theirs != ours:
-            raise InputError(f"{name}: {key} is {ours}, the model's is {theirs}")
+    owns = model.named_parameters(), model.named_buffers()
+    for tensors, own in zip((signature.tensors, signature.statistics), owns, strict=True):
+        own = dict(own)
+        for key, tensor in tensors.items():
+            if key not in own:
+                raise InputError(f"{name} is for {signature.arch}: the model has no {key}")
+            theirs, ours = tuple(own[key].shape), tuple(tensor.shape)
+            if theirs != ours:
+                raise InputError(f"{name}: {key} is {ours}, the model's is {theirs}")
     lineage = getattr(model, "pretrained_hash", None)
     if lineage and signature.pretrained and lineage != signature.pretrained:
         warnings.warn(  # the warnings module shows the same text once
