@@ -173,7 +173,7 @@ class Patching:
             interpolate(self.target, total.statistics, strength)
             if has_batchnorm(self.target) and strength > 0 and not total.statistics:
                 names = dict.fromkeys(total.corruptions)
-                loaders = map(self._training_batches, names)  # a whole training set at a time
+                loaders = map(self._training_batches, names)  # made when they are needed
                 reestimate(self.target, loaders, strength, amp=self.amp)
             yield self.target
 
@@ -198,7 +198,7 @@ class Patching:
 
     def _training_batches(self, name: str) -> BatchLoader:
         if name not in self._training_set:
-            self._training_set.clear()  # room for the next; a sweep needs the last again and again
+            self._training_set.clear()  # a sweep needs the last one again and again
             images = self.corrupted(self._clean_train, name, "train", self.severities[name])
             self._training_set[name] = images
         images = self._training_set[name]

@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         out = Path(args.out) if args.out else default_out(study, args.experiment)
         check_writable(out)
+        study.check_published()  # before hours of work
         study.train(jobs)
         for name in names:
             run(name, study, out / name if args.experiment == "all" else out)

@@ -294,7 +294,8 @@ def resume(args: Namespace, run: dict, parts: dict, progress: dict) -> bool | No
     except Exception as error:  # torch raises many types for states that don't fit
         raise InputError(f"--resume {path}: its state does not fit this run ({error})") from error
     progress.update({key: saved[key] for key in progress})
-    if progress["epoch"] > args.epochs:
+    epochs_left = args.epochs - progress["epoch"]
+    if epochs_left < 0:
         said = f"--epochs {args.epochs}: {progress['epoch']} are done already"
         warnings.warn(f"{said} in {path}, nothing is trained", stacklevel=2)
     if path.parent.resolve() != folder.resolve() and distributed.rank() == 0:
@@ -304,7 +305,7 @@ def resume(args: Namespace, run: dict, parts: dict, progress: dict) -> bool | No
                 ckpt.save(ckpt.read(path.parent / name), folder / name)
         ckpt.save(saved, folder / ckpt.LAST)
     for name, best in ((ckpt.BEST_SA, "best_sa"), (ckpt.BEST_RA, "best_ra")):
-        if progress[best] >= 0 and not (path.parent / name).is_file():
+        if progress[best] >= 0 and not (path.parent / name).is_file() and epochs_left:
             said = f"{path.parent} has no {name}: the best of the epochs to come is taken"
             warnings.warn(said, stacklevel=2)
             progress[best] = -1.0

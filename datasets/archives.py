@@ -5,6 +5,7 @@ import sys
 import tarfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -65,7 +66,8 @@ def unpack(archive: Path, folder: Path) -> None:
             (inner if inner.is_dir() else work).rename(folder)
         # Damaged archives raise anything from OSError to zlib.error and EOFError.
         except Exception as error:
-            hint = "if it is half a download, delete it and start again"
-            raise InputError(f"cannot unpack {archive}: {error}; {hint}") from error
+            half = isinstance(error, (zipfile.BadZipFile, tarfile.ReadError, EOFError, zlib.error))
+            hint = "; if it is half a download, delete it and fetch it again" if half else ""
+            raise InputError(f"cannot unpack {archive}: {error}{hint}") from error
         finally:
             shutil.rmtree(work, ignore_errors=True)

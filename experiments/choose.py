@@ -107,10 +107,11 @@ def table(rows: list[dict], study) -> tables.Table:
     }
     extra["clean and all mixed, %"] = lambda of: fmean([of[0]["TA"], *(row["RA"] for row in of)])
     made = tables.accuracies(_accuracies(rows), label=_label, extra=extra, recovers=False)
+    beyond = "; ".join(["severities", *further(rows)])
     made.note = (
         f"keep_num {study.method.keep_num}. Oracle: each corruption under its own signature, clean "
         "images under none. Strengths and margins from validation images. On "
-        f"{FEW:,} test images at most, one at a time: {'; '.join(['severities', *further(rows)])}."
+        f"{FEW:,} test images at most, corrupted here, one at a time: {beyond}."
     )
     return made
 

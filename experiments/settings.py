@@ -94,7 +94,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     names = "dataset image_size classes train_images test_images data severity frost_dir"
     arguments.add(data, names, flags.FLAGS)
-    told = "measure on this published corrupted set; models are trained on generated copies"
+    told = "read corrupted images from here where they are, but to train models"
     arguments.add(data, "corruption_data", flags.FLAGS, help=told, type=arguments.folder)
     arguments.add(data, "title corruptions", FLAGS)
     models = parser.add_argument_group("models")
@@ -191,6 +191,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ("target_data", "target_image_size", "target_classes", "target_epochs"):
         if getattr(args, name) is not None and args.target_dataset is None:
             raise InputError(f"--{name} is of a second data set; name --target_dataset")
+    if args.corruption_data and args.classes:
+        raise InputError(f"--corruption_data holds all classes, not the {args.classes} ones alone")
     for group in args.groups:
         if len(set(group)) < max(2, len(group)) or not set(group) <= set(args.corruptions):
             raise InputError(f"--groups {'+'.join(group)}: two or more of --corruptions, as A+B")

@@ -26,7 +26,8 @@ from types import ModuleType
 
 import datasets
 import train_corruption
-from datasets.flags import union_name
+from datasets.corrupted import load_published
+from datasets.flags import load_images, union_name
 from datasets.images import fingerprint
 from experiments.pretrain import make_pretrained
 from experiments.settings import PRESETS, Preset, data_tag, recipe
@@ -197,6 +198,14 @@ class Study:
                     command = ["python", "train_corruption.py", *job.command(force)]
                     print(shlex.join(command))
 
+    def check_published(self) -> None:
+        """Raise InputError for test images of --corruption_data that don't fit."""
+        args = self.args
+        if args.corruption_data:
+            clean = load_images(args, args.data, "test")
+            for name in args.corruptions:
+                load_published(clean, args.corruption_data, name, args.severity, "test")
+
     def train(self, jobs: Sequence[Job]) -> None:
         """Train the models that are missing, on --devices at once if several are named."""
         force, devices, start = self.args.force, self.args.devices, time.perf_counter()
@@ -296,6 +305,7 @@ class Study:
         rate += "" if a.train_images is None else f", {a.train_images} images"
         size = f" at {a.image_size}×{a.image_size}" if a.image_size else ""
         what = f"{a.title or a.dataset}{size}{classes}, {a.arch}, severity {a.severity}"
+        what += f" of {Path(a.corruption_data).name}" if a.corruption_data else ""
         recipe = f"{self.recipe} of fine-tuning (lr × 0.1 after {a.decreasing_lr}{rate})"
         return f"{what}; {recipe}, seeds {seeds}"
 

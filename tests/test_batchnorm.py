@@ -45,6 +45,14 @@ def loaders():
     return [BatchLoader(images(23, 1), 8), BatchLoader(images(10, 2), 8)]
 
 
+def test_modes_stay_as_they_were(model):
+    model.train().layer1.eval()
+    modes = [m.training for m in model.modules()]
+    reestimate(model, loaders())
+    assert [m.training for m in model.modules()] == modes
+    assert model.bn1.num_batches_tracked == 5  # of the pass
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("strength", [1.0, 0.25])
 def test_cumulative_average_and_interpolation(model, strength):

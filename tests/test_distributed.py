@@ -97,3 +97,6 @@ def test_batch_norm_needs_two_images_in_each_process(batch_size, ranks, fits):
         train_corruption.check_images(args, loader)
     loader.device = torch.device("cuda")
     train_corruption.check_images(args, loader)
+    few = BatchLoader(images.subset(range(ranks - 1)), batch_size, shuffle=True, ranks=ranks)
+    with pytest.raises(InputError, match=f"fewer than the {ranks} processes"):
+        train_corruption.check_images(args, few)

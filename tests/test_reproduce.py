@@ -88,12 +88,18 @@ def test_a_published_corrupted_set_is_what_is_measured(folder, tmp_path):
     here = arguments(folder, tmp_path, "alpha", "--corruption_data", str(published))
     reproduce.main(here)
     sources = results(tmp_path / "alpha")["sources"]
+    assert "severity 5 of published" in results(tmp_path / "alpha")["study"]
     assert {name: Path(sources[name]).name for name in ("fog", "contrast")} == {
         "fog": "fog.npy",
         "contrast": "contrast.npy",
     }
     with pytest.raises(SystemExit):
         reproduce.main([*here, "--corruption_data", str(tmp_path / "none")])
+    (published / "test" / "labels.npy").unlink()
+    with pytest.raises(SystemExit):
+        reproduce.main([*here, "--runs", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()  # nothing was trained
+    assert not Study(reproduce.parse_args([*here, "--corruptions", "fog"])).union_seeds
 
 
 def test_ablations_measure_other_signatures_of_the_same_models(folder, tmp_path, monkeypatch):
@@ -308,6 +314,7 @@ def test_demo_on_few_images(tmp_path, monkeypatch, capsys):
         (["main", "--corruptions", "fog", "--repeat_corruptions", "fog"], "several --seeds"),
         (["main", "--dataset", "cifar10", "--target_data", "b"], "name --target_dataset"),
         (["alpha", "--alphas", "-1"], "--alphas"),
+        (["main", "--classes", "odd", "--corruption_data", "."], "holds all classes"),
         (["main", "--per_channel"], "of the quantization experiment"),
         (["compose", "--groups", "fog"], "--groups fog"),
         (["compose", "--corruptions", "fog"], "two --corruptions"),

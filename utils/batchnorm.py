@@ -71,6 +71,7 @@ def reestimate(
 
     `loaders` are passed over one after the other into one running average (one per corruption); one
     loader alone is taken, too. A batch is images, or (images, labels): float in [0, 1], or 0 … 255.
+    With `amp` batches are drawn and passed in bf16 autocast.
     `strength` is a = min(1, Σ w_c), 0 … 1; at 0 nothing is read and nothing changes.
     Parameters are not touched and the model's mode is left as it was.
     Raises InputError where there are no batches of images; the statistics are then as before.

@@ -100,12 +100,12 @@ def strengths(
     found = []
     for images in parts:
         best, strength = 0.0, STRENGTHS[-1]
-        images = images.to(labels.device).float() / 255
+        images = images.to(labels.device)
         for alpha in reversed([a for a in STRENGTHS if a >= max(found, default=0)]):
             named = _patched(model, signature if alpha else None, alpha)
             batches = zip(images.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True)
             right = sum(
-                (functional_call(model, named, some).argmax(1) == theirs).sum().item()
+                (functional_call(model, named, some.float() / 255).argmax(1) == theirs).sum().item()
                 for some, theirs in batches
             )
             if right < best - SLACK / 100 * len(labels):
