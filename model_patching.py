@@ -127,7 +127,7 @@ class Patching:
     def fingerprinted(self, signature: RobustWeightSignature) -> RobustWeightSignature:
         """`signature` with all that a bank needs: fingerprint, and statistics of batch norm."""
         signature = self.with_statistics(signature)
-        how = Copies(5, self.args.seed, None, self.args.frost_dir, self.device)
+        how = Copies(5, self.args.seed, None, self.args.frost_dir, self.device, resident=True)
         with self.autocast:
             return bank.fingerprinted(signature, self.target, self.validation, how)
 
@@ -192,8 +192,9 @@ class Patching:
     ) -> ImageSet:
         """The `name` copy of a clean split: `published` under --corruption_data, or generated."""
         root = self.args.corruption_data if published else None
-        where = root, self.args.frost_dir, self.device
-        how = Copies(severity, self.args.seed, *where, resident=True)
+        how = Copies(
+            severity, self.args.seed, root, self.args.frost_dir, self.device, resident=True
+        )
         return corrupted_set(clean, name, split, how)
 
     def _training_batches(self, name: str) -> BatchLoader:

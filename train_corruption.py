@@ -139,13 +139,13 @@ def start_model(args: Namespace, clean: ImageSet) -> tuple[nn.Module, str | None
 def check_images(args: Namespace, loader: BatchLoader) -> None:
     """Raise InputError where the architecture can't train on such images or batches."""
     engine.check_side(args.arch, loader.images)
-    if loader.whole_batch(len(loader) - 1) < loader.ranks:
+    last = loader.whole_batch(len(loader) - 1)
+    if last < loader.ranks:
         told = f"{len(loader.images)} training images are fewer than the {loader.ranks} processes"
         raise InputError(f"--nproc_per_node: {told}")
     # Batch norm has the whole batch on CUDA, on a CPU each process its own part.
     parts = loader.ranks if loader.device.type == "cpu" else 1
-    fewest = loader.whole_batch(len(loader) - 1) // parts
-    if args.arch.startswith("resnet") and fewest < 2:
+    if args.arch.startswith("resnet") and last // parts < 2:
         told = "batch norm needs at least 2 images per step"
         told += f" in each of {parts} processes" if parts > 1 else ""
         raise InputError(f"--batch_size {args.batch_size}: {told}")
@@ -294,8 +294,7 @@ def resume(args: Namespace, run: dict, parts: dict, progress: dict) -> bool | No
     except Exception as error:  # torch raises many types for states that don't fit
         raise InputError(f"--resume {path}: its state does not fit this run ({error})") from error
     progress.update({key: saved[key] for key in progress})
-    epochs_left = args.epochs - progress["epoch"]
-    if epochs_left < 0:
+    if progress["epoch"] > args.epochs:
         said = f"--epochs {args.epochs}: {progress['epoch']} are done already"
         warnings.warn(f"{said} in {path}, nothing is trained", stacklevel=2)
     if path.parent.resolve() != folder.resolve() and distributed.rank() == 0:
@@ -305,7 +304,8 @@ def resume(args: Namespace, run: dict, parts: dict, progress: dict) -> bool | No
                 ckpt.save(ckpt.read(path.parent / name), folder / name)
         ckpt.save(saved, folder / ckpt.LAST)
     for name, best in ((ckpt.BEST_SA, "best_sa"), (ckpt.BEST_RA, "best_ra")):
-        if progress[best] >= 0 and not (path.parent / name).is_file() and epochs_left:
+        known = progress[best] < 0 or (path.parent / name).is_file()
+        if not known and progress["epoch"] < args.epochs:
             said = f"{path.parent} has no {name}: the best of the epochs to come is taken"
             warnings.warn(said, stacklevel=2)
             progress[best] = -1.0

@@ -147,8 +147,8 @@ def accuracies(
             each = [] if bound else [shares(rows, of_seed) for of_seed in whole]
             line.append(spread(fmean(s) for s in each if s))
         for names in of_parts.values():
-            whole = whole_seeds([row for row in of_line if row["corruption"] in names])
-            line.append(spread(mean(of_seed, "RA") for of_seed in whole))
+            of_part = whole_seeds([row for row in of_line if row["corruption"] in names])
+            line.append(spread(mean(of_seed, "RA") for of_seed in of_part))
         lines.append(line)
     columns = [*head, *extra, "TA, %", "RA, %", *(["recovered, %"] if recovers else [])]
     return Table([*columns, *(f"RA {part}, %" for part in of_parts)], lines)

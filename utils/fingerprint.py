@@ -156,8 +156,9 @@ class SignatureBank:
         told = [(c, a) for c, p in enumerate(prints) for a in p["strength"].tolist()]
         known = {key: i for i, key in enumerate(dict.fromkeys(k for k in told if k[1] > 0), 1)}
         self._form_of = torch.tensor([0, *(known.get(key, 0) for key in told)])
-        self._known, self._device = tuple(known), None
-        self._move(torch.device("cpu"))
+        # Which signature, from 1 on, and α.
+        self.forms: list[tuple[int, float]] = [(0, 0.0), *((c + 1, a) for c, a in known)]
+        self._device = torch.device("cpu")
 
     @classmethod
     def load(cls, paths: Iterable[str | os.PathLike]) -> SignatureBank:
@@ -175,8 +176,6 @@ class SignatureBank:
                 parts = {"tensors": s.tensors, "statistics": s.statistics}
                 moved = {n: {k: t.to(device) for k, t in of.items()} for n, of in parts.items()}
                 self.signatures[i] = replace(s, **moved)
-            self.forms: list[tuple[RobustWeightSignature | None, float]] = [(None, 0.0)]
-            self.forms += [(self.signatures[c], a) for c, a in self._known]
 
     def log_likelihood(self, images: Tensor, together: int = 1) -> Tensor:
         """Float32 (groups, choices), of images (n, 3, H, W) in [0, 1], `together` in a row a group.
@@ -225,12 +224,13 @@ class SignatureBank:
         form = self._form_of[choice]
         order = form.argsort()
         parts = images[order].split(form.bincount(minlength=len(self.forms)).tolist())
+        signatures = [None, *self.signatures]
         cudnn = torch.backends.cudnn
         benchmark, cudnn.benchmark = cudnn.benchmark, False  # else tried for every number of images
         try:
             features = [
-                functional_call(shallow, _patched(model, *of), part)
-                for of, part in zip(self.forms, parts, strict=True)
+                functional_call(shallow, _patched(model, signatures[i], alpha), part)
+                for (i, alpha), part in zip(self.forms, parts, strict=True)
                 if len(part)
             ]
             return deep(torch.cat(features))[order.argsort()]

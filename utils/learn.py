@@ -69,8 +69,7 @@ def learn(
         with torch.autocast(device.type, torch.bfloat16, amp):
             logits = functional_call(model, patched, images.float() / 255)
         log_p = logits.float().log_softmax(1)
-        entropy = -(log_p.exp() * log_p).sum(1).mean()
-        loss = entropy if labels is None else F.nll_loss(log_p, wanted)
+        loss = -(log_p.exp() * log_p).sum(1).mean() if labels is None else F.nll_loss(log_p, wanted)
         (w.grad,) = torch.autograd.grad(loss, [w])
         optimizer.step()
     w.requires_grad_(False)
