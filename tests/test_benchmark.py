@@ -125,6 +125,7 @@ def test_the_matrix_projects_as_project_out_which_needs_none():
 @pytest.mark.parametrize("stage", ["train", "evaluate"])
 def test_models_beside_the_classic_way(stage, tmp_path, one_second, monkeypatch):
     monkeypatch.setattr(benchmark.engine, "bf16_gain", lambda _: (False, "told so"))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     flags = [stage, *MADE, "--arch", "resnet18"]
     rows = run(tmp_path, *flags, "--images", "10", "--workers", "0", "1")
     bf16 = ["ours, bf16 contiguous", "ours, bf16 channels_last"]

@@ -223,15 +223,18 @@ def test_evaluate_is_the_share_of_right_answers():
 
 
 @pytest.mark.parametrize(
-    ("cpuinfo", "gains"),
+    ("cpuinfo", "capability", "gains"),
     [
-        ("vendor_id : GenuineIntel\nflags : avx512_bf16 avx2", False),
-        ("vendor_id : GenuineIntel\nflags : avx512_bf16 amx_bf16", True),
-        ("vendor_id : AuthenticAMD\nflags : avx512_bf16 avx2", True),
-        ("vendor_id : AuthenticAMD\nflags : avx2", False),
+        ("vendor_id : GenuineIntel\nflags : avx512_bf16 avx2", "AVX512", False),
+        ("vendor_id : GenuineIntel\nflags : avx512_bf16 amx_bf16", "AVX512", True),
+        ("vendor_id : AuthenticAMD\nflags : avx512_bf16 avx2", "AVX512", True),
+        ("vendor_id : AuthenticAMD\nflags : avx2", "AVX2", False),
     ],
 )
-def test_arithmetic_is_what_the_cpu_gains_from_or_as_wanted(cpuinfo, gains, monkeypatch):
+def test_arithmetic_is_what_the_cpu_gains_from_or_as_wanted(
+    cpuinfo, capability, gains, monkeypatch
+):
+    monkeypatch.setattr(engine.torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(engine.Path, "exists", lambda _: True)
     monkeypatch.setattr(engine.Path, "read_text", lambda _: cpuinfo)
     engine.bf16_gain.cache_clear()
@@ -240,9 +243,12 @@ def test_arithmetic_is_what_the_cpu_gains_from_or_as_wanted(cpuinfo, gains, monk
         amp = engine.use_amp(cpu, wanted)
         assert amp == (gains if wanted is None else wanted)
         engine.to_device(model, cpu, amp)
-        assert model.weight.is_contiguous(memory_format=torch.channels_last) == amp
+        channels_last = amp or capability == "AVX2"
+        assert model.weight.is_contiguous(memory_format=torch.channels_last) == channels_last
         told = engine.arithmetic(cpu, amp, wanted)
-        assert told.startswith("bf16, channels_last (" if amp else "float32, contiguous (")
+        layout = "channels_last" if channels_last else "contiguous"
+        words = "bf16, channels_last (" if amp else f"float32, {layout} with {capability} ("
+        assert told.startswith(words)
         assert wanted is None or told.endswith("amp)")
     engine.bf16_gain.cache_clear()
 
