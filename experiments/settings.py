@@ -60,7 +60,7 @@ PRESETS = {
     ),
 }
 DEMO = ["main", "--preset", "demo", "--dataset", "synthetic", "--arch", "vgg11"]
-DEMO += ["--keep_num", "3", "--out", "results/demo"]
+DEMO += ["--keep_num", "2", "--out", "results/demo"]
 
 
 FLAGS = {
