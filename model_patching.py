@@ -75,6 +75,7 @@ class Patching:
         stored = {c: s.severity or max(args.severity) for s in self.stored for c in s.corruptions}
         self.severities |= stored
         self.trained_on = base.get("dataset", datasets.base_name(args.dataset))  # of θ_std
+        self.classes = ckpt.facts(base).get("class_names", self.facts.get("class_names"))  # its own
         state = ckpt.state_dict_of(checkpoint, path, args.checkpoint_key)
         constants = ([0.0] * 3, [1.0] * 3)  # kept by a checkpoint that has its own
         if "normalize.mean" not in state:
@@ -301,6 +302,11 @@ def run(args: Namespace) -> dict:
     own = [label for name in args.corruption for label in run.labels[name]]
     chooser = SignatureBank(run.stored, args.signature) if args.choose else None
     print_header(run)
+    labels = run.labels.values()
+    severity_of = {x: s for xs in labels for x, s in zip(xs, args.severity, strict=True)}
+    for flag in ("save_log", "baseline_log"):
+        if path := getattr(args, flag):
+            log.check_severities(Path(path), severity_of, f"--{flag}")
     if args.baseline_log:
         baseline = log.read(Path(args.baseline_log), "--baseline_log")["std"]["robust"]
         report.mean_corruption_error(baseline, baseline, run.labels)  # says what it lacks
@@ -346,7 +352,7 @@ def run(args: Namespace) -> dict:
     for place in places:
         report.write_json(place, result)
     if args.save_log:
-        log.update(Path(args.save_log), *rows[:2])
+        log.update(Path(args.save_log), *rows[:2], severity_of)
     return result
 
 
@@ -357,6 +363,8 @@ def upper_bound(run: Patching) -> dict | None:
     """
     names, own = run.args.corruption, run.target.state_dict()
     states = [run.states.get(name) for name in names]
+    if run.classes != run.facts.get("class_names"):
+        return None
     if not all(s and all(s.get(k, v).shape == v.shape for k, v in own.items()) for s in states):
         return None
     found = [run.robust(name) for name in names]

@@ -88,13 +88,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.experiment == "all" and study.target is None:
             print("consistency: left out, it needs a --target_dataset")
             names.remove("consistency")
+        if args.experiment == "all" and not args.groups:
+            print("compose: left out, it needs at least two --corruptions")
+            names.remove("compose")
         jobs = study.jobs(EXPERIMENTS[name] for name in names)
         if args.list:
             study.list_commands(jobs)
             return
         out = Path(args.out) if args.out else default_out(study, args.experiment)
         check_writable(out)
-        study.check_published()  # before hours of work
+        study.check_data()  # before hours of work
         study.train(jobs)
         for name in names:
             run(name, study, out / name if args.experiment == "all" else out)

@@ -6,6 +6,7 @@ from statistics import fmean
 
 from experiments import plots, tables
 from experiments.tables import BATCHNORM_ONLY, FAILS, HOLDS, PARTLY, PATCHED
+from models.layers import depth_order
 
 CLAIM = "The shallow layers of a signature are enough."
 RULE = (
@@ -15,12 +16,13 @@ RULE = (
 
 
 def measure(study) -> Iterator[dict]:
+    layers = len(depth_order(study.args.arch))
     for run in study.patchings():
         for name in run.args.corruption:
             yield from study.bounds(run, name)
             for k in study.args.keep_nums:
                 result = run.with_patch([run.signature(name, keep_num=k)], [1.0], [name])
-                yield study.row(run, name, PATCHED, result, keep_num=k)
+                yield study.row(run, name, PATCHED, result, keep_num=k, layers=layers)
 
 
 def table(rows: list[dict], study) -> tables.Table:
@@ -32,7 +34,9 @@ def figure(rows: list[dict], path: Path) -> None:
 
 
 def verdict(rows: list[dict]) -> tables.Verdict:
+    rows = [row for of_seed in tables.whole_seeds(rows) for row in of_seed]
     patched = tables.select(rows, model=PATCHED)
+    layers = max(row.get("layers", row["keep_num"]) for row in patched)
     recovered = {}
     for k in sorted(tables.distinct(patched, "keep_num")):
         if each := tables.shares(rows, tables.select(patched, keep_num=k)):
@@ -42,11 +46,11 @@ def verdict(rows: list[dict]) -> tables.Verdict:
     best = max(recovered.values())
     enough = min(k for k, share in recovered.items() if share >= best - 5)
     words = (
-        f"{enough} of {max(recovered)} layers recover {recovered[enough]:.0f} % of the gain in RA, "
+        f"{enough} of {layers} layers recover {recovered[enough]:.0f} % of the gain in RA, "
         f"the best number of layers {best:.0f} %"
     )
     if alone := tables.shares(rows, tables.select(rows, model=BATCHNORM_ONLY)):
         words += f", re-estimating batch norm alone {fmean(alone):.0f} %"
     if best < 50:
         return FAILS, words
-    return (HOLDS if enough <= max(recovered) / 2 else PARTLY), words
+    return (HOLDS if enough <= layers / 2 else PARTLY), words

@@ -10,6 +10,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+from datasets.corruptions import CORRUPTIONS
 from experiments import EXPERIMENTS
 from experiments.tables import PARTLY, UNTOLD
 from utils.errors import InputError
@@ -55,7 +56,8 @@ def write(root: Path) -> None:
             title = result["study"].partition(";")[0]
             if not result["ablation"]:
                 corruptions, seeds = basis.setdefault(title, (set(), set()))
-                corruptions |= {row["corruption"] for row in result["rows"] if "corruption" in row}
+                told = {row.get("corruption") for row in result["rows"]}
+                corruptions |= told.intersection(CORRUPTIONS)
                 seeds |= {row["seed"] for row in result["rows"]}
             title += f", {result['ablation']}" if result["ablation"] else ""
             told = f"**{verdict}**" if not result["ablation"] else f"`{name}`"

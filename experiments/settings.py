@@ -198,6 +198,8 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(f"--groups {'+'.join(group)}: two or more of --corruptions, as A+B")
     if args.experiment == "compose" and not args.groups:
         raise InputError("compose needs at least two --corruptions")
+    if args.experiment in ("consistency", "transfer", "choose") and len(args.seeds) > 1:
+        raise InputError(f"{args.experiment} measures one seed; --seeds names {len(args.seeds)}")
     if args.experiment == "consistency" and args.target_dataset is None:
         raise InputError("consistency needs a second data set: name --target_dataset")
     of_bits = args.experiment in ("quantization", "all")

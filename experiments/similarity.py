@@ -1,4 +1,8 @@
-"""Whether signatures tell corruptions apart: cosines, naming by the nearest mean (claim 2)."""
+"""Whether signatures tell corruptions apart: cosines, naming by the nearest mean (claim 2).
+
+A signature is named by the mean signatures of the other seeds that have every corruption: a mean
+over more seeds has less noise, and would be nearer whatever the corruption.
+"""
 
 import itertools
 from collections.abc import Iterator
@@ -35,6 +39,7 @@ def cosine(a: RobustWeightSignature, b: RobustWeightSignature) -> float:
 
 def measure(study) -> Iterator[dict]:
     """The cosine of each pair in the first seed; then of each signature and its nearest mean."""
+    every = set(study.args.corruptions)
     of_seed: dict[int, dict[str, RobustWeightSignature]] = {}
     for run in study.patchings():
         of_seed[run.args.seed] = {name: run.signature(name) for name in run.args.corruption}
@@ -45,13 +50,14 @@ def measure(study) -> Iterator[dict]:
         value = cosine(of_seed[first][a], of_seed[first][b])
         yield {"seed": first, "a": a, "b": b, "value": value}
     for seed, signatures in of_seed.items():
-        others = [of_seed[s] for s in of_seed if s != seed]
-        means = {c: sum(o[c] for o in others if c in o) for o in others for c in o}
+        others = [o for s, o in of_seed.items() if s != seed and o.keys() == every]
+        if not others or len(every) < 2:
+            continue
+        means = {c: sum(other[c] for other in others) for c in every}
         for name, signature in signatures.items():
-            if name in means and len(means) > 1:
-                near = {c: cosine(signature, mean) for c, mean in means.items()}
-                best = max(near, key=near.get)
-                yield {"seed": seed, "corruption": name, "named": best, "value": near[best]}
+            near = {c: cosine(signature, mean) for c, mean in means.items()}
+            best = max(near, key=near.get)
+            yield {"seed": seed, "corruption": name, "named": best, "value": near[best]}
 
 
 def _matrix(rows: list[dict]) -> tuple[list[str], dict[str, list[float]]]:
@@ -68,7 +74,7 @@ def table(rows: list[dict], study) -> tables.Table:
     right, named = _right(rows)
     told = f"{right} of {len(named)} right" if named else "needs a second seed"
     note = f"keep_num {study.method.keep_num}, first seed. "
-    note += f"Named by the nearest mean signature of the other seeds: {told}."
+    note += f"Named by the nearest mean signature of other seeds with every corruption: {told}."
     return tables.matrix("cosine", *_matrix(rows), note)
 
 

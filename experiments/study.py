@@ -31,7 +31,7 @@ from datasets.flags import load_images, union_name
 from datasets.images import fingerprint
 from experiments.pretrain import make_pretrained
 from experiments.settings import PRESETS, Preset, data_tag, recipe
-from experiments.tables import BATCHNORM_ONLY, ROBUST, STANDARD, Table
+from experiments.tables import BATCHNORM_ONLY, ROBUST, STANDARD, Table, distinct
 from model_patching import Patching
 from utils import checkpoint as ckpt
 from utils import report
@@ -198,9 +198,14 @@ class Study:
                     command = ["python", "train_corruption.py", *job.command(force)]
                     print(shlex.join(command))
 
-    def check_published(self) -> None:
-        """Raise InputError for test images of --corruption_data that don't fit."""
+    def check_data(self) -> None:
+        """Raise InputError for test images of --target_data or --corruption_data that don't fit."""
         args = self.args
+        if self.target and args.target_dataset != "synthetic":
+            try:
+                load_images(self.target.args, self.target.args.data, "test")
+            except InputError as error:
+                raise InputError(f"the second data set: {error}") from error
         if args.corruption_data:
             clean = load_images(args, args.data, "test")
             for name in args.corruptions:
@@ -295,11 +300,10 @@ class Study:
 
     # ---- results ---------------------------------------------------------------------------
 
-    @property
-    def title(self) -> str:
-        """Data, architecture and recipe, for captions."""
+    def title(self, seeds: Iterable[int]) -> str:
+        """Data, architecture and recipe, for captions, and the seeds that were measured."""
         a = self.args
-        classes, seeds = f", {a.classes} classes" if a.classes else "", " ".join(map(str, a.seeds))
+        classes = f", {a.classes} classes" if a.classes else ""
         rate = "" if a.lr == 0.01 else f", lr {a.lr:g}"
         rate += "" if a.batch_size == 128 else f", batch {a.batch_size}"
         rate += "" if a.train_images is None else f", {a.train_images} images"
@@ -307,19 +311,19 @@ class Study:
         what = f"{a.title or a.dataset}{size}{classes}, {a.arch}, severity {a.severity}"
         what += f" of {Path(a.corruption_data).name}" if a.corruption_data else ""
         recipe = f"{self.recipe} of fine-tuning (lr × 0.1 after {a.decreasing_lr}{rate})"
-        return f"{what}; {recipe}, seeds {seeds}"
+        return f"{what}; {recipe}, seeds {' '.join(map(str, seeds))}"
 
     def write(self, name: str, rows: list[dict], table: Table, out: Path, seconds: float) -> None:
         """Print the table; write it (table.md), every row (table.csv), all about them (.json)."""
         text = report.markdown_table(table.columns, table.lines)
-        ablation = self.method.ablation()
-        caption = ". ".join([*filter(None, (self.title, ablation)), table.note])
+        ablation, title = self.method.ablation(), self.title(distinct(rows, "seed"))
+        caption = ". ".join([*filter(None, (title, ablation)), table.note])
         write_text(out / "table.md", f"{text}\n\n{caption}\n")
         report.write_csv(out / "table.csv", rows)
         trained = [self.standard(s).with_name("results.json") for s in self.args.seeds]
         content = {
             "experiment": name,
-            "study": self.title,
+            "study": title,
             "ablation": ablation,
             "note": table.note,
             "rows": rows,

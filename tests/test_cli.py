@@ -453,7 +453,27 @@ def test_all_severities_in_one_run(models, cifar, tmp_path, capsys):
         for file, said in ((log, ": no RA of fog, gaussian_noise; measure"), (standard, ".*a log")):
             with pytest.raises(InputError, match=f"--baseline_log{said}"):
                 patch(*both, "--baseline_log", file)
+        for severity, file in ((5, "5"), (3, "3")):  # of one, whose labels don't tell it
+            single = ("--severity", severity, "--save_log", tmp_path / file)
+            measuring.return_value = 50.0
+            patch(*both, *single)
+        measuring.reset_mock()
+        for flag in ("--baseline_log", "--save_log"):
+            said = rf"{flag} \S+: holds fog at severity 3, here it is 5"
+            with pytest.raises(InputError, match=said):
+                patch(*both, "--severity", 5, flag, tmp_path / "3")
     assert not measuring.called
+
+
+def test_the_bound_is_none_of_other_classes(models, cifar, tmp_path):
+    """Of as many: the heads fit, but the robust models know others."""
+    arch, folder = models
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for place in (STANDARD, FOG):
+        changed(tmp_path, place, class_names=[*"klmnopqrst"])
+    other = patch_arguments((arch, tmp_path), cifar, "fog", "--keep_num", 1)
+    rows = patch(*other, "--patched_model", folder / STANDARD)["rows"]
+    assert [row["model"] for row in rows] == ["standard", "patched, keep_num 1"]
 
 
 def test_signature_keeps_the_severity_it_was_trained_at(models, cifar, tmp_path):
@@ -620,6 +640,9 @@ def test_robust_folder_is_found_by_exact_name_first(models, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model_RA_best.pth.tar").write_bytes(b"x")
     found = find_robust(tmp_path, "gaussian_noise")
+    (tmp_path / "fog+snow+frost").mkdir()
+    with pytest.raises(InputError, match=r"no folder for fog\+snow"):
+        find_robust(tmp_path, "fog+snow")
     assert found.parent.name == "gaussian_noise"
     assert find_robust(tmp_path, "fog").parent.name == "vgg_fog_sev5"
     for name in ("no_snow_at_all", "not-snow", "snowfall", "bigsnow", "no_frost", "a-frost.2"):

@@ -1,11 +1,13 @@
 """The rules of the experiments on rows made up so that each verdict is due; the report."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from datasets.corruptions import CORRUPTIONS, FAMILIES
-from experiments import EXPERIMENTS, report, tables
+from experiments import EXPERIMENTS, report, similarity, tables
 from experiments.alpha import TAKEN_OFF
 from experiments.choose import CHOSEN, ORACLE, further
 from experiments.compose import COMPOSED, LEARNT
@@ -23,6 +25,7 @@ from experiments.tables import (
 )
 from experiments.transfer import CARRIED, ORIGINAL, OWN, UPDATED
 from utils.errors import InputError
+from utils.signature import Method, RobustWeightSignature
 
 
 def row(model, ra, ta=90.0, **knobs):
@@ -104,6 +107,24 @@ def test_similarity_needs_both_families_and_names():
         assert judge("similarity", rows)[0] == verdict
 
 
+def test_names_are_of_seeds_that_have_every_corruption():
+    """Means over more seeds would be nearer, whatever the corruption."""
+    pair = ("gaussian_noise", "fog")
+    every = [*pair, "snow"]
+
+    def signature(name):
+        return RobustWeightSignature({"w": torch.ones(2)}, "vgg11", Method(), (name,))
+
+    runs = [
+        SimpleNamespace(args=SimpleNamespace(seed=seed, corruption=names), signature=signature)
+        for seed, names in enumerate((every, pair, pair))
+    ]
+    args = SimpleNamespace(seeds=[0, 1, 2], corruptions=every)
+    rows = similarity.measure(SimpleNamespace(patchings=lambda: runs, args=args))
+    named = [(row["seed"], row["corruption"]) for row in rows if "named" in row]
+    assert named == [(seed, name) for seed in (1, 2) for name in pair]
+
+
 def test_consistency():
     pairs = [(a, b) for a in ("fog", "snow", "frost") for b in ("fog", "snow")]
     rows = [{"seed": 0, "a": a, "b": b, "value": 0.5 if a == b else 0.1} for a, b in pairs]
@@ -120,6 +141,19 @@ def test_keep_num():
     assert judge("keep_num", between(50, 70, patched(40, keep_num=1)))[0] == FAILS
     verdict, words = judge("keep_num", between(50, 70, *kept, row(BATCHNORM_ONLY, 66)))
     assert verdict == HOLDS and words.startswith("3 of 8") and "alone 80 %" in words
+    few = [patched(ra, keep_num=k, layers=13) for k, ra in ((5, 66), (7, 67))]
+    verdict, words = judge("keep_num", between(50, 70, *few))
+    assert verdict == HOLDS and words.startswith("5 of 13")
+
+
+@pytest.mark.parametrize("name", ["keep_num", "quantization"])
+def test_verdicts_are_of_seeds_that_have_every_corruption(name):
+    rows = []
+    for seed, corruption, ra in ((0, "fog", 70), (0, "snow", 70), (1, "fog", 50)):
+        own = between(50, 75, patched(ra, keep_num=7, bits=4, bytes=1), patched(70, bits=32))
+        rows += [{"keep_num": 7, **r, "seed": seed, "corruption": corruption} for r in own]
+    _, words = judge(name, [r | {"bytes": r.get("bytes", 100)} for r in rows])
+    assert "80 %" in words if name == "keep_num" else "RA 70.0 against 70.0" in words
 
 
 @pytest.mark.parametrize(
@@ -255,9 +289,12 @@ def test_report_gathers_and_combines(tmp_path):
     assert "## alpha: holds\n" in text and "## main: not measured" in text
     write(tmp_path / "b" / "alpha", back=0, caveat="Of another network.")
     write(tmp_path / "c" / "alpha", back=0, ablation="layers deepest")
+    of_layers = [*layers("fog", 0.2, 0.1), *layers(CONTROL, 0.1, 0.1)]
+    write(tmp_path / "d" / "layers", experiment="layers", rows=of_layers)
     report.write(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "## alpha: holds partly\n" in text and text.count("c/alpha") == 1
+    assert "- made up: 1 of 19 corruptions, seeds 0\n" in text
     assert text.index("## Ablations") < text.index("c/alpha")
     assert "| holds partly (see its caveat) |" in text
     assert text.count(" **Of another network.** [Table](b/alpha/table.md)") == 1

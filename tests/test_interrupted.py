@@ -95,7 +95,7 @@ def load(root, marker=None):
 def add_to_log(path, times, value=1.0):
     for _ in range(times):
         row = {"TA": value, "RA": {"fog": value}}
-        log.update(path, row, row)
+        log.update(path, row, row, {"fog": 5})
 
 
 def corrupt(argv):

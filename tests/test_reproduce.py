@@ -320,6 +320,7 @@ def test_demo_on_few_images(tmp_path, monkeypatch, capsys):
         (["compose", "--corruptions", "fog"], "two --corruptions"),
         (["consistency", "--dataset", "cifar10"], "--target_dataset"),
         (["transfer", "--dataset", "cifar10", "--target_dataset", "cifar10"], "itself"),
+        (["transfer", "--dataset", "synthetic", "--seeds", "0", "1"], "measures one seed"),
         (["main", "--pretrain-classes", "even", "--pretrained", "a.pth"], "choose"),
         (["main", "--pretrain-classes", "even", "--classes", "even"], "--classes even"),
         (["main", "--epochs", "0"], "--epochs 0"),
@@ -336,6 +337,19 @@ def test_wrong_flags_are_one_line(argv, said, capsys, tmp_path, monkeypatch):
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and said in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_second_data_set_is_looked_at_before_any_training(folder, tmp_path, capsys):
+    target = ("--target_dataset", "folder", "--target_data", str(tmp_path))
+    with pytest.raises(SystemExit):
+        reproduce.main(arguments(folder, tmp_path / "out", "transfer", *target))
+    assert "the second data set: " in (error := capsys.readouterr()).err and not error.out
+
+
+def test_all_leaves_out_what_one_corruption_cannot_tell(tmp_path, capsys):
+    few = ("--dataset", "synthetic", "--corruptions", "fog", "--runs", str(tmp_path))
+    reproduce.main(["all", "--preset", "smoke", *few, "--list"])
+    assert "compose: left out" in (told := capsys.readouterr().out) and "union" not in told
 
 
 def test_accuracies_of_another_file_are_refused(tmp_path):

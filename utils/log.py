@@ -1,8 +1,10 @@
 """The log of the authors' program: TA and RA of standard and patched models, over several runs.
 
-{"std"|"patched": {"clean": [TA of each run], "robust": {corruption: latest RA}}}
+{"std"|"patched": {"clean": [TA of each run], "robust": {corruption: latest RA}},
+ "severity": {corruption: of what RA was measured on; theirs and older ones lack it}}
 """
 
+from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
 from statistics import fmean
@@ -31,13 +33,23 @@ def _is_entry(entry: object) -> bool:
     return False
 
 
-def update(path: Path, standard: dict, patched: dict) -> None:
+def check_severities(path: Path, severities: Mapping[str, int], flag: str) -> None:
+    """Raise InputError where the log has a RA of `severities` measured at another severity."""
+    known = read(path, flag).get("severity", {})
+    for name, severity in severities.items():
+        if known.get(name, severity) != severity:
+            said = f"holds {name} at severity {known[name]}, here it is {severity}"
+            raise InputError(f"{flag} {path}: {said}; name another file")
+
+
+def update(path: Path, standard: dict, patched: dict, severities: Mapping[str, int]) -> None:
     """Add a run, {"TA": …, "RA": {…}} of each model, and print the averages over the runs.
 
     Processes that add to one log at the same time take turns.
     """
     with hold(path.with_name(f".{path.name}.lock")):
         log = read(path)
+        log["severity"] = {**log.get("severity", {}), **severities}
         for kind, row in zip(KINDS, (standard, patched), strict=True):
             log[kind]["clean"].append(row["TA"])
             log[kind]["robust"].update(row["RA"])

@@ -115,9 +115,9 @@ def find_robust(root: str | Path, corruption: str) -> Path:
         raise InputError(f"--corruption_model_root {root}: no such folder")
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     exact = [f for f in folders if sorted(f.name.split("+")) == sorted(corruption.split("+"))]
-    # `fog` is a word of vgg_fog_sev5, not of foggy or no_fog_at_all.
+    # `fog` is a word of vgg_fog_sev5, not of foggy, no_fog_at_all or fog+snow.
     name = re.escape(corruption)
-    word = rf"(?<![a-z0-9])(?<!no[-_])(?<!not[-_])(?<!without[-_]){name}(?![a-z0-9])"
+    word = rf"(?<![a-z0-9+])(?<!no[-_])(?<!not[-_])(?<!without[-_]){name}(?![a-z0-9+])"
     found = exact or [f for f in folders if re.search(word, f.name, re.I)]
     if len(found) != 1:
         names = ", ".join(f.name for f in (found or folders)) or "nothing"
