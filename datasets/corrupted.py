@@ -183,8 +183,10 @@ def _find(
         warnings.warn(f"{corruption} is read from {place}", stacklevel=2)
     if place.is_dir():
         return *_from_folders(clean, place), place
-    if place.parent not in bases:  # train/ or test/, of one severity only
-        _check_recorded(place.parent.parent, place, severity)
+    if place.parent in bases:
+        _check_recorded(place.parent, place, clean.name, None)
+    else:  # train/ or test/, of one severity only
+        _check_recorded(place.parent.parent, place, clean.name, severity)
         severity = None
     return *_from_array(clean, place, severity), place
 
@@ -220,11 +222,19 @@ def made_in(base: Path) -> dict[str, dict]:
         return {}
 
 
-def _check_recorded(base: Path, place: Path, severity: int) -> None:
-    """Raise InputError where a one-severity file was made with another severity, warn of none."""
+def _check_recorded(base: Path, place: Path, dataset: str, severity: int | None) -> None:
+    """Raise InputError where an array was made of another set, or of another severity.
+
+    severity: that of a file of one severity, which is warned of where none is recorded.
+    """
     letters = _letters(str(place.relative_to(base)))
     listed = (s for path, s in made_in(base).items() if _letters(path) == letters)
-    made = next(listed, {}).get("severity")
+    recorded = next(listed, {})
+    if (of := recorded.get("dataset", dataset)) != dataset:
+        raise InputError(f"{place} is a copy of {of}, --dataset is {dataset}")
+    made = recorded.get("severity")
+    if severity is None:
+        return
     if made is None:
         said = f"no record of the severity of its arrays, taken as --severity {severity}"
         warnings.warn(f"{place.parent}: {said}", stacklevel=2)
@@ -253,21 +263,28 @@ def _from_array(clean: ImageSet, place: Path, severity: int | None) -> tuple[Ten
 
 
 def _from_folders(clean: ImageSet, place: Path) -> tuple[Tensor, Tensor]:
-    """The images of `clean` under NAME/SEVERITY/CLASS/, by name, else by their place in order."""
-    listed = published_order(list_images(place))
+    """The images of `clean` under NAME/SEVERITY/CLASS/: by name, by the numbers in it, by order."""
+    listed = list_images(place)
+    if clean.name == "tinyimagenet":
+        listed = published_order(listed)
     labels = labels_of(place, listed, clean.classes)
     # Formats may differ (JPEG copies of PNG images), so names are compared without suffix.
-    row_of = {short_name(name).rpartition(".")[0]: row for row, name in enumerate(listed)}
+    there = [short_name(name).rpartition(".")[0] for name in listed]
     names = copy_names(clean)
-    rows = torch.tensor([row_of.get(name, -1) for name in names])
+    rows = _rows(there, names)
     missing = int((rows < 0).sum())
     if missing == len(rows):  # other names altogether
-        rows = clean.rows
+        way, rows = "numbers", _rows(*([_numbers(n) for n in each] for each in (there, names)))
+        if (rows < 0).any():
+            way, rows = "order", clean.rows
         if len(listed) != clean.total:
             raise InputError(
                 f"{place} holds {len(listed)} images, not the {clean.total} of the clean set, and "
                 "under other names"
             )
+        if clean.name != "tinyimagenet":  # whose published copy has other names
+            said = f"{place}: other file names than the clean set's, taken by their {way}, e.g."
+            warnings.warn(f"{said} {listed[rows[0]]} for {(clean.files or names)[0]}", stacklevel=2)
     elif missing:
         first = (clean.files or names)[int((rows < 0).int().argmax())]
         raise InputError(
@@ -280,6 +297,20 @@ def _from_folders(clean: ImageSet, place: Path) -> tuple[Tensor, Tensor]:
             f"{place} holds {pixels.shape[-1]}-pixel images, the clean set {side}-pixel ones"
         )
     return pixels, labels[rows]
+
+
+def _rows(there: list, wanted: list) -> Tensor:
+    """Where in `there` each of `wanted` is; -1 where it is not, or not once."""
+    row_of = {name: row for row, name in enumerate(there)}
+    if len(row_of) < len(there):
+        row_of = {}
+    return torch.tensor([row_of.get(name, -1) for name in wanted])
+
+
+def _numbers(name: str) -> tuple:
+    """The class and the numbers in "class/name": those of cat/img_07 are those of cat/7_fog."""
+    folder, _, name = name.rpartition("/")
+    return folder, *map(int, re.findall(r"\d+", name))
 
 
 def _load_npy(place: Path, dtype: type, shape: tuple[int, ...], hint: str = "") -> np.ndarray:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +182,17 @@ def test_recorded_severity_of_a_one_severity_file_is_checked(tmp_path):
         load_published(clean, tmp_path, "fog", 1, "test")
 
 
+@pytest.mark.parametrize("place", ["test/fog.npy", "fog.npy"])
+def test_arrays_made_of_another_set_are_refused(tmp_path, place):
+    count = 30 if place.startswith("test") else 150
+    write_npy((tmp_path / place).parent, "fog", pixels_of(count), np.arange(count) % 3)
+    made = {place: {"dataset": "cifar100", "severity": [5]}}
+    (tmp_path / ".made.json").write_text(json.dumps(made))
+    clean = clean_set(split="test")
+    with pytest.raises(InputError, match=rf"fog\.npy is a copy of cifar100, .* {clean.name}"):
+        load_published(clean, tmp_path, "fog", 5, "test")
+
+
 def test_train_array_shares_the_clean_split(tmp_path):
     pixels = pixels_of(30)
     write_npy(tmp_path / "train", "fog", pixels, np.arange(30) % 3)
@@ -297,11 +311,31 @@ def test_folders_under_other_names_go_by_order(trees):
     root, copy = trees
     clean = datasets.load("folder", root, "test")
     corrupt_copy(clean, copy / "fog" / "1", renamed="test_")
-    found = corrupted_set(clean, "fog", "test", Copies(1, root=copy))
+    with pytest.warns(
+        UserWarning, match=r"by their numbers, e\.g\. a/test_0\.JPEG for a/val_0\.png"
+    ):
+        found = corrupted_set(clean, "fog", "test", Copies(1, root=copy))
     assert torch.equal(found.images[:, :2], clean.images[:, :2])
     next((copy / "fog" / "1" / "a").iterdir()).unlink()
     with pytest.raises(InputError, match="holds 11 images, not the 12"):
         corrupted_set(clean, "fog", "test", Copies(1, root=copy))
+
+
+def test_other_names_share_the_clean_split(trees):
+    root, copy = trees
+    every = datasets.load("folder", root, "all")
+    number = re.compile(r"(\w)_(\d+)\.png")
+    for to, way in ((r"\1_\2_fog.png", "numbers"), (r"0\2.png", "numbers"), ("", "order")):
+        files = [number.sub(to, name) for name in every.files]
+        if not to:  # no numbers: letters in the order of the clean set
+            files = [f"{name[0]}/{'x' * i}.png" for i, name in enumerate(every.files, start=1)]
+        corrupt_copy(replace(every, files=files), copy / "train" / "fog" / "5")
+        for split in ("train", "val"):
+            clean = datasets.load("folder", root, split)
+            with pytest.warns(UserWarning, match=f"other file names .* taken by their {way}"):
+                found = corrupted_set(clean, "fog", split, Copies(5, root=copy))
+            assert torch.equal(found.images[:, :2], clean.images[:, :2])
+        shutil.rmtree(copy)
 
 
 def test_folder_errors(trees):
