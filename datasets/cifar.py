@@ -4,6 +4,7 @@ Pickles: the first 45,000 training rows are train, the last 5,000 validation. Fo
 `image_folder`.
 """
 
+import shutil
 import socket
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, download_url
 
 from datasets import image_folder
-from datasets.archives import located
+from datasets.archives import located, unpack
 from datasets.cache import folders_in, resized
 from datasets.images import ImageSet, split_rows
 from utils.errors import InputError
+from utils.files import hold
 
 PUBLISHED = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 _OTHERS = {  # what people have in its place
@@ -98,12 +100,21 @@ def _download(root: Path, name: str) -> Path:
     for pattern, what in _OTHERS.items() if root.is_dir() else ():
         if any(root.glob(f"**/{pattern}")):
             raise InputError(f"--data {root}: {looked_for}; {what}")
-    try:
-        # urllib alone would wait for minutes where there is no network.
-        socket.create_connection(("www.cs.toronto.edu", 443), timeout=5).close()
-        published(str(root), download=True)
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"--data {root}: {looked_for}, and downloading {name} failed: {error}"
-        ) from error
-    return root / published.base_folder
+    archive, folder = root / published.filename, root / published.base_folder
+    with hold(root / f".{archive.name}.download.lock"):
+        if not (archive.exists() or folder.exists()):  # another process may have been faster
+            work = root / f".{archive.name}.download"
+            try:
+                # urllib alone would wait for minutes where there is no network.
+                socket.create_connection(("www.cs.toronto.edu", 443), timeout=5).close()
+                download_url(published.url, work, archive.name, published.tgz_md5)
+                (work / archive.name).rename(archive)
+            except (OSError, RuntimeError) as error:
+                raise InputError(
+                    f"--data {root}: {looked_for}, and downloading {name} failed: {error}"
+                ) from error
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    if not folder.exists():
+        unpack(archive, folder)
+    return folder

@@ -666,7 +666,7 @@ def test_cifar_without_data_or_network(tmp_path, monkeypatch):
     def unreachable(address, timeout):
         raise OSError("no route to host")
 
-    def refuse(self):
+    def refuse(*_):
         raise RuntimeError("host went away")
 
     monkeypatch.setattr(cifar.socket, "create_connection", unreachable)
@@ -675,9 +675,32 @@ def test_cifar_without_data_or_network(tmp_path, monkeypatch):
         datasets.load("cifar10", tmp_path / "typo")
     assert not (tmp_path / "typo").exists()
     monkeypatch.setattr(cifar.socket, "create_connection", lambda *_, timeout: io.BytesIO())
-    monkeypatch.setattr(cifar.CIFAR100, "download", refuse)
+    monkeypatch.setattr(cifar, "download_url", refuse)
     with pytest.raises(InputError, match=r"cifar-100-python.*downloading cifar100 failed: host"):
         datasets.load("cifar100", tmp_path)
+
+
+def test_a_download_is_whole_or_absent(pickles, tmp_path, monkeypatch):
+    """Interrupted it leaves nothing; the next run fetches it again, and unpacks it."""
+
+    def fetch(url, folder, name, md5):
+        folder.mkdir()
+        (folder / name).write_bytes(b"half")
+        if interrupted:
+            raise KeyboardInterrupt
+        with tarfile.open(folder / name, "w:gz") as packed:
+            packed.add(pickles, "cifar-10-batches-py")
+
+    monkeypatch.setattr(cifar.socket, "create_connection", lambda *_, timeout: io.BytesIO())
+    monkeypatch.setattr(cifar, "download_url", fetch)
+    root, interrupted = tmp_path / "new", True
+    with pytest.raises(KeyboardInterrupt):
+        datasets.load("cifar10", root)
+    assert not root.exists()
+    interrupted = False
+    assert len(datasets.load("cifar10", root, "test")) > 0
+    there = {path.name for path in root.iterdir()}
+    assert there == {"cifar-10-python.tar.gz", "cifar-10-batches-py"}
 
 
 # ---------------------------------------------------------------------------------------------
