@@ -67,6 +67,8 @@ def check(args: Namespace) -> None:
         raise InputError(f"--std_data {args.std_data}: beside --data it asks for a --corruption")
     if args.resample_corruption and not args.corruption:
         raise InputError("--resample_corruption draws a --corruption anew; name one")
+    if args.resume == "":
+        raise InputError("--resume names no file; without a value it goes on in --save_dir")
     if arguments.pretrained_source(args) is None and args.keep_head:
         raise InputError("--keep_head keeps the head of --pretrained; name that")
 
@@ -163,7 +165,9 @@ def train(args: Namespace) -> dict:
     check_writable(folder)
     first = distributed.rank() == 0
     with hold(folder / ".lock", f"--save_dir {folder}") if first else contextlib.nullcontext():
-        if (folder / "results.json").exists() and not (args.resume or args.overwrite):
+        source = folder if args.resume == "auto" else Path(args.resume or "").parent
+        goes_on = args.resume and source.resolve() == folder.resolve()
+        if (folder / "results.json").exists() and not (goes_on or args.overwrite):
             choice = "--resume goes on with it, --overwrite trains anew"
             raise InputError(f"--save_dir {folder}: a finished run lies there; {choice}")
         return fine_tune(args, folder)
@@ -199,6 +203,7 @@ def fine_tune(args: Namespace, folder: Path) -> dict:
     progress = {"epoch": 0, "best_sa": -1.0, "best_ra": -1.0, "history": []}
     parts = {"state_dict": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
     run = {**identity(args), "pretrained_hash": pretrained_hash, "data": clean_print, **known}
+    run |= {"corrupted_data": data_print} if args.corruption else {}
     saved_amp = resume(args, run, parts, progress) if args.resume else None
     if args.amp is None and saved_amp is not None and saved_amp != amp:
         began, ours = (engine.arithmetic(device, a, a) for a in (saved_amp, amp))
@@ -284,7 +289,12 @@ def resume(args: Namespace, run: dict, parts: dict, progress: dict) -> bool | No
     if missing := {*parts, *progress, "rng"} - saved.keys():
         raise InputError(f"--resume {path}: not written by this script ({sorted(missing)} missing)")
     for name, value in run.items():
-        if saved.get(name, value) != value:
+        if saved.get(name, value) == value:
+            continue
+        if name == "corrupted_data":
+            said = "that run began on other corrupted training images than these"
+            warnings.warn(f"--resume {path}: {said}", stacklevel=2)
+        else:
             raise InputError(f"--resume {path}: that run has {name} {saved[name]}, not {value}")
     saved["state_dict"] = ckpt.state_dict_of(saved, path)
     try:
