@@ -37,7 +37,11 @@ else
 fi
 
 # Installs what a requirements file names; nothing happens when all of it is there.
-require() { "$python" -m pip install --quiet --disable-pip-version-check -r "$here/$1"; }
+# A virtual environment of uv has no pip.
+require() {
+    "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null
+    "$python" -m pip install --quiet --disable-pip-version-check -r "$here/$1"
+}
 
 case $command in
     demo)

@@ -180,6 +180,28 @@ def test_a_finished_run_is_kept(models, cifar, tmp_path):
     assert ckpt.read(tmp_path / ckpt.LAST)["seed"] == 1
     with pytest.warns(UserWarning, match=r"--epochs 1: 2 are done already .*nothing is trained"):
         train(*base, "--save_dir", tmp_path, "--seed", 1, "--resume")
+    # Nor does what goes on from elsewhere take its place.
+    train(*base, "--save_dir", tmp_path / "other")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(InputError, match="a finished run"):
+        train(*base, "--save_dir", tmp_path, "--resume", tmp_path / "other" / ckpt.LAST)
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert after == before
+    with pytest.raises(InputError, match="--resume names no file"):
+        train(*base, "--save_dir", tmp_path / "new", "--resume=")
+
+
+def test_a_run_that_goes_on_with_other_corrupted_images_says_so(cifar, tmp_path):
+    base = ("--dataset", "cifar10", "--arch", "vgg11", "--std_data", cifar, *QUICK)
+    base += ("--corruption", "fog", "--save_dir", tmp_path / "run")
+    for part, count in (("train", 100), ("test", 40)):
+        (tmp_path / part).mkdir()
+        np.save(tmp_path / part / "fog.npy", np.zeros((count, 32, 32, 3), np.uint8))
+        np.save(tmp_path / part / "labels.npy", np.repeat(np.arange(10), count // 10))
+    with pytest.warns(UserWarning, match="no record of the severity"):
+        train(*base, "--data", tmp_path)
+    with pytest.warns(UserWarning, match="began on other corrupted training images"):
+        train(*base, "--epochs", 2, "--resume")
 
 
 def test_resume_refuses_another_recipe_or_start(models, cifar, tmp_path):

@@ -156,6 +156,7 @@ def test_averaged_beside_raw_weights(tmp_path):
         ({"teacher": STATE, "epoch": 3}, r"no tensors in it.*--checkpoint_key .*: teacher$"),
         (STATE | prefixed("module."), "two models in one, with and without"),
         ({"net": {}, "epoch": 3}, r"no tensors in it.*\(it holds net, epoch\)"),
+        ({"n_averaged": torch.tensor(3)}, r"no tensors in it but a wrapper's counter"),
         ([STATE], r"holds a dict, this is a list; is it the model's state_dict"),
     ],
 )

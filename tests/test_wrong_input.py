@@ -520,6 +520,28 @@ def test_messages_of_several_lines_become_one(capsys):
     assert capsys.readouterr().err == "warning: one two\nerror: three four\n"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("Unable to allocate 5 TiB"), torch.OutOfMemoryError("CUDA out of memory.\nMore")],
+)
+def test_too_little_memory_is_one_line(error, capsys):
+    with pytest.raises(SystemExit), script_errors():
+        raise error
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: out of memory: {str(error)[:18]}") and said.count("\n") == 1
+    with pytest.raises(SystemExit), script_errors():
+        torch.empty(1 << 50)
+    assert "error: out of memory: " in capsys.readouterr().err
+    with pytest.raises(RuntimeError), script_errors():
+        raise RuntimeError("a bug")
+
+
+def test_paths_that_are_no_text_are_refused():
+    with pytest.raises(InputError, match=r"'/data/caf\\udce9' is not UTF-8"):
+        train_corruption.parse_args(["--save_dir", "out", "--data", "/data/caf\udce9"])
+    assert train_corruption.parse_args(["--save_dir", "é"]).save_dir == "é"
+
+
 def test_a_warning_is_printed_once(capsys):
     with script_errors():
         for said in ("first", "second", "first"):

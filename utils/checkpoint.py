@@ -104,6 +104,8 @@ def _unwrapped(state: dict[str, Tensor], path: str | os.PathLike) -> dict[str, T
     """`state` with the keys of the model inside the wrappers, their counters left out."""
     parts = {key: [p for p in key.split(".") if p not in _WRAPPERS] for key in state}
     names = {key: ".".join(kept) for key, kept in parts.items() if kept[-1:] != ["n_averaged"]}
+    if not names:
+        raise InputError(f"{path}: no tensors in it but a wrapper's counter, so no state dict")
     while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in names.values())), 0):
         names = {key: name.removeprefix(prefix) for key, name in names.items()}
     if len({*names.values()}) < len(names):

@@ -1,8 +1,8 @@
 """What a user can get wrong, and how every script says so.
 
-A script's entry point is wrapped in `script_errors`: an `InputError`, or a file that the system
-refuses, ends it with one line `error: …` on stderr and exit status 2; anything else is a bug and
-keeps its traceback.
+A script's entry point is wrapped in `script_errors`: an `InputError`, a file that the system
+refuses, or too little memory ends it with one line `error: …` on stderr and exit status 2; anything
+else is a bug and keeps its traceback.
 """
 
 import contextlib
@@ -15,6 +15,8 @@ import threading
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+
+import torch
 
 
 class InputError(ValueError):
@@ -73,6 +75,15 @@ def script_errors() -> Iterator[None]:
                 raise
             error = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         _say("error", error)
+        raise SystemExit(2) from None
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU torch has no type for it.
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "DefaultCPUAllocator" not in str(error):
+            raise
+        said = str(error).split("\n")[0] or "no more to be had"
+        less = "a smaller --batch_size or --image_size, or fewer images, need less"
+        _say("error", f"out of memory: {said}; {less}")
         raise SystemExit(2) from None
     except KeyboardInterrupt as error:
         terminated = isinstance(error, Terminated)

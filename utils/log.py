@@ -1,7 +1,8 @@
 """The log of the authors' program: TA and RA of standard and patched models, over several runs.
 
-{"std"|"patched": {"clean": [TA of each run], "robust": {corruption: latest RA}},
- "severity": {corruption: of what RA was measured on; theirs and older ones lack it}}
+{"std"|"patched": {"clean": [TA of each run], "robust": {corruption: latest RA}}
+
+"std" also has "severity", {corruption: of the images of its RA}, which theirs and older ones lack.
 """
 
 from collections.abc import Mapping
@@ -29,13 +30,14 @@ def read(path: Path, flag: str = "--save_log") -> dict:
 def _is_entry(entry: object) -> bool:
     match entry:
         case {"clean": list(clean), "robust": dict(robust)}:
-            return all(isinstance(accuracy, Real) for accuracy in (*clean, *robust.values()))
+            known = isinstance(entry.get("severity", {}), dict)
+            return known and all(isinstance(a, Real) for a in (*clean, *robust.values()))
     return False
 
 
 def check_severities(path: Path, severities: Mapping[str, int], flag: str) -> None:
     """Raise InputError where the log has a RA of `severities` measured at another severity."""
-    known = read(path, flag).get("severity", {})
+    known = read(path, flag)["std"].get("severity", {})
     for name, severity in severities.items():
         if known.get(name, severity) != severity:
             said = f"holds {name} at severity {known[name]}, here it is {severity}"
@@ -49,7 +51,7 @@ def update(path: Path, standard: dict, patched: dict, severities: Mapping[str, i
     """
     with hold(path.with_name(f".{path.name}.lock")):
         log = read(path)
-        log["severity"] = {**log.get("severity", {}), **severities}
+        log["std"].setdefault("severity", {}).update(severities)
         for kind, row in zip(KINDS, (standard, patched), strict=True):
             log[kind]["clean"].append(row["TA"])
             log[kind]["robust"].update(row["RA"])

@@ -152,7 +152,7 @@ def patching_table(rows: Sequence[dict], own: Sequence[str], sources: Mapping[st
 
 def origin(names: Collection[str], sources: Mapping[str, str]) -> str:
     """In short, whether the images of `names` were generated, by their `sources` in words."""
-    made = sum(sources[name].startswith("generated") for name in names)
+    made = sum(sources[name].startswith("generated, seed ") for name in names)
     if made in (0, len(names)):
         return "generated" if made else "from files"
     return f"{made} generated"
