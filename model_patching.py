@@ -302,13 +302,9 @@ def run(args: Namespace) -> dict:
     own = [label for name in args.corruption for label in run.labels[name]]
     chooser = SignatureBank(run.stored, args.signature) if args.choose else None
     print_header(run)
-    labels = run.labels.values()
-    severity_of = {x: s for xs in labels for x, s in zip(xs, args.severity, strict=True)}
-    for flag in ("save_log", "baseline_log"):
-        if path := getattr(args, flag):
-            log.check_severities(Path(path), severity_of, f"--{flag}")
+    severity_of = {x: s for c in run.labels.values() for x, s in zip(c, args.severity, strict=True)}
+    baseline = log.checked(args, severity_of)
     if args.baseline_log:
-        baseline = log.read(Path(args.baseline_log), "--baseline_log")["std"]["robust"]
         report.mean_corruption_error(baseline, baseline, run.labels)  # says what it lacks
     rows = [{"model": "standard", **run.standard(every)}]
     more, robust = bank.rows(run, chooser) if chooser else ([], upper_bound(run))
@@ -357,10 +353,7 @@ def run(args: Namespace) -> dict:
 
 
 def upper_bound(run: Patching) -> dict | None:
-    """The row of the robust models, each on clean images and on its own corruption.
-
-    None where they are not given, or their classes are not the target's (transfer).
-    """
+    """The row of the robust models, each on its own corruption; None: none, or of other classes."""
     names, own = run.args.corruption, run.target.state_dict()
     states = [run.states.get(name) for name in names]
     if run.classes != run.facts.get("class_names"):

@@ -5,6 +5,7 @@
 "std" also has "severity", {corruption: of the images of its RA}, which theirs and older ones lack.
 """
 
+from argparse import Namespace
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -35,13 +36,21 @@ def _is_entry(entry: object) -> bool:
     return False
 
 
-def check_severities(path: Path, severities: Mapping[str, int], flag: str) -> None:
-    """Raise InputError where the log has a RA of `severities` measured at another severity."""
-    known = read(path, flag)["std"].get("severity", {})
-    for name, severity in severities.items():
-        if known.get(name, severity) != severity:
-            said = f"holds {name} at severity {known[name]}, here it is {severity}"
-            raise InputError(f"{flag} {path}: {said}; name another file")
+def checked(args: Namespace, severities: Mapping[str, int]) -> dict[str, float]:
+    """The RA of the baseline in --baseline_log, by corruption; empty where none is named.
+
+    Raises InputError where it, or --save_log, has one of `severities` measured at another severity.
+    """
+    baseline = {}
+    for flag in ("save_log", "baseline_log"):
+        if path := getattr(args, flag):
+            standard = read(Path(path), f"--{flag}")["std"]
+            baseline = standard["robust"]
+            for name, known in standard.get("severity", {}).items():
+                if severities.get(name, known) != known:
+                    said = f"holds {name} at severity {known}, here it is {severities[name]}"
+                    raise InputError(f"--{flag} {path}: {said}; name another file")
+    return baseline if args.baseline_log else {}
 
 
 def update(path: Path, standard: dict, patched: dict, severities: Mapping[str, int]) -> None:
