@@ -232,10 +232,9 @@ def _check_recorded(base: Path, place: Path, dataset: str, severity: int | None)
     recorded = next(listed, {})
     if (of := recorded.get("dataset", dataset)) != dataset:
         raise InputError(f"{place} is a copy of {of}, --dataset is {dataset}")
-    made = recorded.get("severity")
     if severity is None:
         return
-    if made is None:
+    if (made := recorded.get("severity")) is None:
         said = f"no record of the severity of its arrays, taken as --severity {severity}"
         warnings.warn(f"{place.parent}: {said}", stacklevel=2)
     elif made != [severity]:
