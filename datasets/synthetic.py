@@ -180,6 +180,7 @@ def _power_law_fields(generator: torch.Generator, slope: Tensor, side: int) -> T
     return fields / fields.std((2, 3), keepdim=True)
 
 
+@torch.autocast("cpu", enabled=False)  # the same images wherever they are asked for
 def _colour(fields: Tensor) -> Tensor:
     """RGB (n, 3, H, W) from one field of luminance and two, weaker, of opponent colours."""
     basis = torch.tensor([[1.0, 0.5, 0.25], [1.0, 0.0, -0.5], [1.0, -0.5, 0.25]])

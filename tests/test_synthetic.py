@@ -122,6 +122,12 @@ def test_texture_tells_the_class_only_at_fine_scale():
     assert centre.std((1, 2)).mean() > 3 * coarse.std((1, 2)).mean()
 
 
+def test_same_bits_under_autocast(splits):
+    with torch.autocast("cpu", torch.bfloat16):
+        again = load("val")
+    assert torch.equal(again.images, splits["val"].images)
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(InputError, match="did you mean 'test'"):
         synthetic.load("tset")
