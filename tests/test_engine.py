@@ -219,6 +219,18 @@ def test_evaluate_is_the_share_of_right_answers():
     assert accuracy == pytest.approx(100 * right.float().mean().item())
 
 
+def test_evaluate_leaves_every_mode_as_it_was():
+    model, data = small_model(), make_set()
+    model.train()
+    next(model.children()).eval()  # frozen
+    modes = [module.training for module in model.modules()]
+    evaluate(model, BatchLoader(data, 10), amp=False)
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(RuntimeError):
+        evaluate(model, [(torch.zeros(1, 1, 1, 1), torch.zeros(1))], amp=False)
+    assert [module.training for module in model.modules()] == modes
+
+
 # ---- switches -------------------------------------------------------------------------------
 
 

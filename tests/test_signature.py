@@ -392,6 +392,25 @@ def test_patch_refuses_what_does_not_fit_and_changes_nothing(study):
     assert same_bits(before, bits(other))
 
 
+def test_a_patch_that_fails_half_way_is_off(study, monkeypatch):
+    model, signature = study.model(), study.extract(keep_num=3)
+    add = torch.Tensor.add_
+
+    def fails(self, *more, **named):
+        if self is model.get_parameter(list(signature.tensors)[-1]):
+            raise KeyboardInterrupt
+        return add(self, *more, **named)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(torch.Tensor, "add_", fails)
+        with pytest.raises(KeyboardInterrupt):
+            patch(model, signature)
+    assert all(torch.equal(value, study.std[key]) for key, value in model.state_dict().items())
+    with patch(model, signature):
+        assert not torch.equal(model.state_dict()[study.first], study.std[study.first])
+    assert all(torch.equal(value, study.std[key]) for key, value in model.state_dict().items())
+
+
 def test_nan_inside_is_refused(study):
     tensors = {study.first: torch.tensor([0.0, float("inf")])}
     with pytest.raises(InputError, match=study.first):

@@ -346,12 +346,15 @@ def evaluate(
     """
     device = next(model.parameters()).device
     correct = seen = 0
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
-    for images, labels in tqdm(batches, desc=title, disable=None, leave=False):
-        with torch.autocast(device.type, torch.bfloat16, amp):
-            correct += (model(images).argmax(1) == labels).sum()
-        seen += len(labels)
-    model.train(training)
+    try:
+        for images, labels in tqdm(batches, desc=title, disable=None, leave=False):
+            with torch.autocast(device.type, torch.bfloat16, amp):
+                correct += (model(images).argmax(1) == labels).sum()
+            seen += len(labels)
+    finally:
+        for module, training in modes.items():
+            module.training = training
     correct, seen = distributed.total(torch.tensor([correct, seen], device=device)).tolist()
     return 100 * correct / seen

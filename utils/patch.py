@@ -37,7 +37,6 @@ class Patch:
         self._model = weakref.ref(model)  # _PATCHES would keep its own key alive otherwise
         self._signature, self._alpha = signature, alpha
         self._before = {name: tensor.clone() for name, tensor in _state(model).items()}
-        self._put_on(model)
 
     @torch.no_grad()
     def _put_on(self, model: nn.Module) -> None:
@@ -110,6 +109,11 @@ def patch(model: nn.Module, signature: RobustWeightSignature, alpha: float = 1.0
     check_fits(model, signature)
     handle = Patch(model, signature, alpha)
     _PATCHES.setdefault(model, []).append(handle)
+    try:
+        handle._put_on(model)
+    except BaseException:  # no memory, Ctrl-C
+        handle.remove()
+        raise
     return handle
 
 
