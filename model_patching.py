@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import datasets
 from datasets import bank, flags
-from datasets.corrupted import Copies, corrupted_set
+from datasets.corrupted import Copies, changed, corrupted_set
 from datasets.corruptions import CORRUPTIONS
 from datasets.images import ImageSet, fingerprint, spaced
 from datasets.loader import BatchLoader, augmentation_for, evaluation_batches, fits
@@ -245,7 +245,8 @@ class Patching:
         if has_batchnorm(self.target):  # its statistics come from corrupted training images
             severities = [self.severities[c] for c in total.corruptions]
             key += f" {total.corruptions} {severities} {self.args.seed} {sum(w)}"
-            key += f" {self.args.corruption_data}" if self.args.corruption_data else ""
+            key += f" {self.args.frost_dir}" if "frost" in total.corruptions else ""
+            key += f" {changed(self.args.corruption_data)}" if self.args.corruption_data else ""
         return self.measure(key, names, f"against {total.name}", self.patched(signatures, w))
 
     def batchnorm_only(self, names: Sequence[str]) -> dict | None:

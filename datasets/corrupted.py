@@ -222,6 +222,12 @@ def made_in(base: Path) -> dict[str, dict]:
         return {}
 
 
+def changed(root: str) -> str:
+    """`root` and when something there was last made, for keys of what its images determine."""
+    places = [Path(root), *Path(root).glob("*"), *Path(root).glob("*/*"), *Path(root).glob("*/*/*")]
+    return f"{root} {max(place.lstat().st_mtime_ns for place in places)}"
+
+
 def _check_recorded(base: Path, place: Path, dataset: str, severity: int | None) -> None:
     """Raise InputError where an array was made of another set, or of another severity.
 

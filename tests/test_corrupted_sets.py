@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import warnings
@@ -336,6 +337,15 @@ def test_other_names_share_the_clean_split(trees):
                 found = corrupted_set(clean, "fog", split, Copies(5, root=copy))
             assert torch.equal(found.images[:, :2], clean.images[:, :2])
         shutil.rmtree(copy)
+
+
+def test_a_copy_that_was_made_anew_has_another_key(tmp_path):
+    write_npy(tmp_path / "train", "fog", pixels_of(30), np.arange(30) % 3)
+    first = corrupted.changed(str(tmp_path))
+    assert corrupted.changed(str(tmp_path)) == first
+    later = (tmp_path / "train").lstat().st_mtime_ns + 10**9
+    os.utime(tmp_path / "train" / "fog.npy", ns=(later, later))
+    assert corrupted.changed(str(tmp_path)) != first
 
 
 def test_folder_errors(trees):
