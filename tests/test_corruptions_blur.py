@@ -36,6 +36,18 @@ def test_motion_blur_of_one_white_pixel_is_a_line_at_phi(phi):
     assert np.abs(out.numpy() - expected).max() <= (phi % 45 == 0)  # ties of ⌈·−½⌉ may part
 
 
+def test_more_values_than_int32_can_index(monkeypatch):
+    assert filters.index_type(2**31 - 1) == torch.int32
+    assert filters.index_type(2**31) == torch.int64
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    blurred = [filters.motion_blur(images, torch.full((4,), 20.0), 9, 2.5)]
+    blurred.append(blur.glass_blur(images, blur.GLASS_BLUR[32][4], Draws(4, "cpu", 0)))
+    monkeypatch.setattr(filters, "index_type", lambda count: torch.int64)
+    assert torch.equal(blurred[0], filters.motion_blur(images, torch.full((4,), 20.0), 9, 2.5))
+    again = blur.glass_blur(images, blur.GLASS_BLUR[32][4], Draws(4, "cpu", 0))
+    assert torch.equal(blurred[1], again)
+
+
 def test_glass_copies_come_from_where_they_should():
     """At δ = 2 copies chain: a pixel may receive one that was itself copied in the same pass."""
     n, height, width, delta = 4, 12, 17, 2

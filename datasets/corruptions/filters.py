@@ -86,8 +86,9 @@ def motion_blur(images: Tensor, phi: Tensor, radius: int, sigma: float) -> Tenso
     padded = F.pad(images.float(), (reach,) * 4, mode="replicate")
     pitch, plane = padded.shape[-1], padded[0, 0].numel()
     rows = padded.view(-1).unfold(0, width, 1)
-    unshifted = torch.arange(n * channels, dtype=torch.int32, device=images.device)[:, None] * plane
-    unshifted = unshifted + torch.arange(height, dtype=torch.int32, device=images.device) * pitch
+    how = {"dtype": index_type(padded.numel()), "device": images.device}
+    unshifted = torch.arange(n * channels, **how)[:, None] * plane
+    unshifted = unshifted + torch.arange(height, **how) * pitch
     unshifted = unshifted.view(n, -1) + reach * (pitch + 1)
     v = torch.zeros(images.shape, device=images.device)
     for tap, weight in enumerate(weights):
@@ -128,10 +129,16 @@ def zoom(x: Tensor, factor: float) -> Tensor:
     return rows @ (x @ columns.T)
 
 
+def index_type(count: int) -> torch.dtype:
+    """int32, which is faster, where it can index `count` values."""
+    return torch.int32 if count < 2**31 else torch.int64
+
+
 def pick(values: Tensor, index: Tensor) -> Tensor:
     """values[i, j, index[i, j]] for values (n, C, m), index int32 (n, C, k); see torch.gather,
     which takes several times as long on a CPU."""
     n, channels, m = values.shape
-    start = torch.arange(0, n * channels * m, m, dtype=torch.int32, device=values.device)
+    how = {"dtype": index_type(values.numel()), "device": values.device}
+    start = torch.arange(0, n * channels * m, m, **how)
     flat = (index + start.view(n, channels, 1)).view(-1)
     return values.reshape(-1).index_select(0, flat).view(index.shape)
