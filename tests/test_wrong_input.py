@@ -166,6 +166,7 @@ PATCH = [
     ("--severity 9", r"--severity 9: must be"),
     ("--device cuda", r"--device cuda: .*try auto or cpu"),
     ("--unlabeled", r"--unlabeled goes with --learn_alpha"),
+    ("--learn_alpha layer --quantization 16 --save_signature o", r"--save_signature would hold"),
     ("--reestimate", r"--reestimate goes with --signature"),
     ("--learn_alpha all", r"--learn_alpha: .*all"),
     ("--learn_alpha layer --alpha 2", r"--alpha sets what --learn_alpha learns"),

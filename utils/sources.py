@@ -47,6 +47,9 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--{fixed[0]} sets what --learn_alpha learns; leave one out")
     if args.unlabeled and not args.learn_alpha:
         raise InputError("--unlabeled goes with --learn_alpha; give both")
+    if args.learn_alpha and args.save_signature and args.levels:
+        told = "would hold their learnt sum in float32; save them without --learn_alpha"
+        raise InputError(f"--quantization is of each signature, --save_signature {told}")
     if args.choose:
         if not args.signature:
             raise InputError("--choose needs a bank: name its files with --signature")
