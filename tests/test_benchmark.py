@@ -194,6 +194,8 @@ def test_a_failed_check_is_told_and_ends_with_1(fault, capsys, little_to_check, 
         return datasets.corruptions.corrupt(images, name, severity, generator, device=device)
 
     monkeypatch.setattr(device_checks, "corrupt", corrupt)
+    for slow in ("logits", "signatures", "training", "speed"):  # test_check has them
+        monkeypatch.setattr(device_checks, slow, lambda *_: ())
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "check", *TINY])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(benchmark.__file__, run_name="__main__")
