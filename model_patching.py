@@ -103,6 +103,7 @@ class Patching:
         self._target_hash = ckpt.tensors_hash(self.target.state_dict())
         self._signatures: dict[tuple[str, Method], RobustWeightSignature] = {}
         self._training_set: dict[str, ImageSet] = {}  # the last one that was corrupted
+        self._copies = f" {changed(args.corruption_data)}" if args.corruption_data else ""
 
     @functools.cached_property
     def _clean_train(self) -> ImageSet:
@@ -245,8 +246,7 @@ class Patching:
         if has_batchnorm(self.target):  # its statistics come from corrupted training images
             severities = [self.severities[c] for c in total.corruptions]
             key += f" {total.corruptions} {severities} {self.args.seed} {sum(w)}"
-            key += f" {self.args.frost_dir}" if "frost" in total.corruptions else ""
-            key += f" {changed(self.args.corruption_data)}" if self.args.corruption_data else ""
+            key += f" {self.args.frost_dir}" * ("frost" in total.corruptions) + self._copies
         return self.measure(key, names, f"against {total.name}", self.patched(signatures, w))
 
     def batchnorm_only(self, names: Sequence[str]) -> dict | None:

@@ -39,7 +39,7 @@ fi
 # Installs what a requirements file names; nothing happens when all of it is there.
 # A virtual environment of uv has no pip.
 require() {
-    "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null
+    "$python" -c 'import pip' 2>/dev/null || "$python" -m ensurepip >/dev/null
     "$python" -m pip install --quiet --disable-pip-version-check -r "$here/$1"
 }
 

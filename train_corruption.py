@@ -165,8 +165,7 @@ def train(args: Namespace) -> dict:
     check_writable(folder)
     first = distributed.rank() == 0
     with hold(folder / ".lock", f"--save_dir {folder}") if first else contextlib.nullcontext():
-        source = folder if args.resume == "auto" else Path(args.resume or "").parent
-        goes_on = args.resume and source.resolve() == folder.resolve()
+        goes_on = args.resume and resumed_from(args).parent.resolve() == folder.resolve()
         if (folder / "results.json").exists() and not (goes_on or args.overwrite):
             choice = "--resume goes on with it, --overwrite trains anew"
             raise InputError(f"--save_dir {folder}: a finished run lies there; {choice}")
@@ -276,13 +275,18 @@ def identity(args: Namespace) -> dict:
     return dataset | {name: getattr(args, name) for name in names} | severity
 
 
+def resumed_from(args: Namespace) -> Path:
+    """The checkpoint that --resume names."""
+    return Path(args.save_dir) / ckpt.LAST if args.resume == "auto" else Path(args.resume)
+
+
 def resume(args: Namespace, run: dict, parts: dict, progress: dict) -> bool | None:
     """Continue a run of `train`: weights, optimizer, schedule, random states, best scores.
 
     Gives whether it ran in bf16, None where that isn't known.
     """
     folder = Path(args.save_dir)
-    path = folder / ckpt.LAST if args.resume == "auto" else Path(args.resume)
+    path = resumed_from(args)
     if args.resume == "auto" and not path.exists():
         return None
     saved = ckpt.read(path)

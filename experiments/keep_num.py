@@ -34,7 +34,7 @@ def figure(rows: list[dict], path: Path) -> None:
 
 
 def verdict(rows: list[dict]) -> tables.Verdict:
-    rows = [row for of_seed in tables.whole_seeds(rows) for row in of_seed]
+    rows = tables.of_whole_seeds(rows)
     patched = tables.select(rows, model=PATCHED)
     layers = max(row.get("layers", row["keep_num"]) for row in patched)
     recovered = {}

@@ -77,7 +77,7 @@ def figure(rows: list[dict], path: Path) -> None:
 
 
 def verdict(rows: list[dict]) -> tables.Verdict:
-    rows = [row for of_seed in tables.whole_seeds(rows) for row in of_seed if row.get("bits") != 4]
+    rows = [row for row in tables.of_whole_seeds(rows) if row.get("bits") != 4]
     each = tables.shares(rows, tables.select(rows, model=PATCHED))
     if not each:
         return tables.NO_GAIN

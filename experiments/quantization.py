@@ -54,7 +54,7 @@ def figure(rows: list[dict], path: Path) -> None:
 
 
 def verdict(rows: list[dict]) -> tables.Verdict:
-    rows = [row for of_seed in tables.whole_seeds(rows) for row in of_seed]
+    rows = tables.of_whole_seeds(rows)
     patched = tables.select(rows, model=PATCHED)
     k = min(tables.distinct(patched, "keep_num"), key=lambda k: abs(k - Method.keep_num))
     patched = tables.select(patched, keep_num=k)

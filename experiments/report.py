@@ -56,8 +56,7 @@ def write(root: Path) -> None:
             title = result["study"].partition(";")[0]
             if not result["ablation"]:
                 corruptions, seeds = basis.setdefault(title, (set(), set()))
-                told = {row.get("corruption") for row in result["rows"]}
-                corruptions |= told.intersection(CORRUPTIONS)
+                corruptions |= {row.get("corruption") for row in result["rows"]} & {*CORRUPTIONS}
                 seeds |= {row["seed"] for row in result["rows"]}
             title += f", {result['ablation']}" if result["ablation"] else ""
             told = f"**{verdict}**" if not result["ablation"] else f"`{name}`"

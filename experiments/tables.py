@@ -103,6 +103,11 @@ def whole_seeds(rows: Sequence[dict]) -> list[list[dict]]:
     return [of_seed for of_seed in of_seeds if len(distinct(of_seed, "corruption")) == count]
 
 
+def of_whole_seeds(rows: Sequence[dict]) -> list[dict]:
+    """`whole_seeds` in one list."""
+    return [row for of_seed in whole_seeds(rows) for row in of_seed]
+
+
 def shares(rows: Sequence[dict], of: Iterable[dict]) -> list[float]:
     """Share of the robust model's gain in RA that each row of `of` recovers, in percent.
 

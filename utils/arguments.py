@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         args = sys.argv[1:] if args is None else args
         for arg in args:
-            if not arg.isascii() and arg != arg.encode(errors="replace").decode():
+            if arg != arg.encode(errors="replace").decode():
                 self.error(f"{arg!a} is not UTF-8, rename it")
         return super().parse_known_args([_underscores(arg) for arg in args], namespace)
 

@@ -45,6 +45,20 @@ _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, 
 _REFUSED |= {errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE}
 
 
+def _what_to_mend(error: Exception) -> str | None:
+    """What to say of an exception that the user can do something about; None of a bug."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    too_little = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if too_little or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+        said = str(error).split("\n")[0] or "no more to be had"
+        less = "a smaller --batch_size or --image_size, or fewer images, need less"
+        return f"out of memory: {said}; {less}"
+    return None
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: unwinds like Ctrl-C, so that temporary files and locks go."""
 
@@ -69,21 +83,10 @@ def script_errors() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: told(str(message))
             yield
-    except (InputError, OSError) as error:
-        if isinstance(error, OSError):
-            if error.errno not in _REFUSED:
-                raise
-            error = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        _say("error", error)
-        raise SystemExit(2) from None
-    except (MemoryError, RuntimeError) as error:
-        # On a CPU torch has no type for it.
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and "DefaultCPUAllocator" not in str(error):
+    except Exception as error:
+        if (said := _what_to_mend(error)) is None:
             raise
-        said = str(error).split("\n")[0] or "no more to be had"
-        less = "a smaller --batch_size or --image_size, or fewer images, need less"
-        _say("error", f"out of memory: {said}; {less}")
+        _say("error", said)
         raise SystemExit(2) from None
     except KeyboardInterrupt as error:
         terminated = isinstance(error, Terminated)

@@ -1,6 +1,6 @@
 """The log of the authors' program: TA and RA of standard and patched models, over several runs.
 
-{"std"|"patched": {"clean": [TA of each run], "robust": {corruption: latest RA}}
+{"std"|"patched": {"clean": [TA of each run], "robust": {corruption: latest RA}}}
 
 "std" also has "severity", {corruption: of the images of its RA}, which theirs and older ones lack.
 """
@@ -41,16 +41,14 @@ def checked(args: Namespace, severities: Mapping[str, int]) -> dict[str, float]:
 
     Raises InputError where it, or --save_log, has one of `severities` measured at another severity.
     """
-    baseline = {}
-    for flag in ("save_log", "baseline_log"):
-        if path := getattr(args, flag):
-            standard = read(Path(path), f"--{flag}")["std"]
-            baseline = standard["robust"]
-            for name, known in standard.get("severity", {}).items():
-                if severities.get(name, known) != known:
-                    said = f"holds {name} at severity {known}, here it is {severities[name]}"
-                    raise InputError(f"--{flag} {path}: {said}; name another file")
-    return baseline if args.baseline_log else {}
+    paths = {f: path for f in ("save_log", "baseline_log") if (path := getattr(args, f))}
+    standard = {flag: read(Path(path), f"--{flag}")["std"] for flag, path in paths.items()}
+    for flag, entry in standard.items():
+        for name, known in entry.get("severity", {}).items():
+            if severities.get(name, known) != known:
+                said = f"holds {name} at severity {known}, here it is {severities[name]}"
+                raise InputError(f"--{flag} {paths[flag]}: {said}; name another file")
+    return standard["baseline_log"]["robust"] if args.baseline_log else {}
 
 
 def update(path: Path, standard: dict, patched: dict, severities: Mapping[str, int]) -> None:
