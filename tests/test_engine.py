@@ -15,6 +15,7 @@ import reproduce
 from datasets.images import ImageSet
 from datasets.loader import BatchLoader
 from models import build_model
+from models.convolution import Conv3x3
 from utils import engine
 from utils.engine import TrainStep, evaluate, sgd, train_epoch
 from utils.errors import InputError
@@ -250,11 +251,12 @@ def test_arithmetic_is_what_the_cpu_gains_from_or_as_wanted(
     monkeypatch.setattr(engine.Path, "exists", lambda _: True)
     monkeypatch.setattr(engine.Path, "read_text", lambda _: cpuinfo)
     engine.bf16_gain.cache_clear()
-    cpu, model = torch.device("cpu"), torch.nn.Conv2d(3, 8, 3)
+    cpu = torch.device("cpu")
     for wanted in (None, True, False):
         amp = engine.use_amp(cpu, wanted)
         assert amp == (gains if wanted is None else wanted)
-        engine.to_device(model, cpu, amp)
+        model = engine.to_device(torch.nn.Conv2d(3, 8, 3, padding=1), cpu, amp)
+        assert (type(model) is Conv3x3) == (capability == "AVX2" and not amp)
         channels_last = amp or capability == "AVX2"
         assert model.weight.is_contiguous(memory_format=torch.channels_last) == channels_last
         told = engine.arithmetic(cpu, amp, wanted)

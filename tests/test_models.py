@@ -1,11 +1,14 @@
 """Models: torchvision's keys and outputs, normalization inside, depth order."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 
 from models import ARCHS, build_model, head_prefix
+from models.convolution import Conv3x3, use_own_gradient
 from models.layers import carried_keys, depth_order, infer_arch, layer_keys
 from models.vgg import add_batchnorm, fold_batchnorm
 
@@ -174,3 +177,44 @@ def test_folding_batchnorm_changes_no_output():
         fold_batchnorm(model, "vgg11")
         torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
     assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("sides", [(1, 1), (2, 2), (5, 8), (8, 9)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_own_gradient_is_that_of_the_convolution(sides, bias):
+    plain = torch.nn.Conv2d(4, 6, 3, padding=1, bias=bias).double()
+    own = copy.deepcopy(plain)
+    use_own_gradient(own)
+    assert type(own) is Conv3x3 and own.state_dict().keys() == plain.state_dict().keys()
+    images = torch.randn(5, 4, *sides, dtype=torch.double)
+    for needed in (True, False):  # of the input: not that of the first layer
+        values = []
+        for conv in (plain, own):
+            x = images.clone().requires_grad_(needed)
+            y = conv(x)
+            conv.zero_grad()
+            y.pow(3).sum().backward()
+            values.append([y, *(p.grad for p in conv.parameters()), *([x.grad] * needed)])
+        assert all(torch.allclose(a, b) for a, b in zip(*values, strict=True))
+        assert [v.shape for v in values[0]] == [v.shape for v in values[1]]
+    # The gradient to weights that are computed, and to the input of frozen ones.
+    scale = torch.ones((), dtype=torch.double, requires_grad=True)
+    for conv in (plain, own):
+        weights = {k: v.detach() * scale for k, v in conv.named_parameters()}
+        torch.func.functional_call(conv, weights, images).pow(3).sum().backward()
+        values.append(scale.grad.clone())
+        scale.grad = None
+        conv.requires_grad_(False)
+        x = images.clone().requires_grad_()
+        conv(x).pow(3).sum().backward()
+        values.append(x.grad)
+    assert torch.allclose(values[2], values[4]) and torch.allclose(values[3], values[5])
+
+
+def test_own_gradient_only_of_its_kind():
+    kinds = [{"stride": 2, "padding": 1}, {"padding": 0}, {"padding": 1, "groups": 2}]
+    kinds += [{"padding": 1, "dilation": 2}, {"padding": 1, "padding_mode": "reflect"}]
+    model = torch.nn.Sequential(*(torch.nn.Conv2d(4, 4, 3, **kind) for kind in kinds))
+    model.append(torch.nn.Conv2d(4, 4, 1))
+    use_own_gradient(model)
+    assert not any(isinstance(module, Conv3x3) for module in model)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from tqdm import tqdm
 
+from models.convolution import use_own_gradient
 from models.vgg import MIN_SIDE, VGGS
 from utils import distributed
 from utils.errors import InputError
@@ -92,9 +93,14 @@ def use_amp(device: torch.device, wanted: bool | None) -> bool:
     return bf16_gain(device.type)[0] if wanted is None else wanted
 
 
+def _only_avx2(device: torch.device, amp: bool) -> bool:
+    """Whether `device` computes float32 on a CPU with AVX2 but not AVX-512."""
+    return device.type == "cpu" and not amp and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def memory_format(device: torch.device, amp: bool) -> torch.memory_format:
     """channels_last; in float32 on a CPU with more than AVX2 contiguous, which is faster there."""
-    fast = amp or device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX2"
+    fast = amp or device.type != "cpu" or _only_avx2(device, amp)
     return torch.channels_last if fast else torch.contiguous_format
 
 
@@ -127,7 +133,12 @@ def be_deterministic() -> None:
 
 
 def to_device(model: nn.Module, device: torch.device, amp: bool) -> nn.Module:
-    """`model` on `device`, in the `memory_format` that suits, cuDNN choosing its algorithms."""
+    """`model` on `device`, in the `memory_format` that suits, cuDNN choosing its algorithms.
+
+    On a CPU without AVX-512 its convolutions compute their gradients in a way that is fast there.
+    """
+    if _only_avx2(device, amp):
+        use_own_gradient(model)
     # By their speed, which differs from run to run.
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     return model.to(device, memory_format=memory_format(device, amp))
