@@ -86,10 +86,11 @@ def verdict(rows: list[dict]) -> tables.Verdict:
         return tables.mean(rows, measure, model=model)
 
     fall = mean("TA", STANDARD) - mean("TA", PATCHED)
-    smaller = mean("bytes", ROBUST) / mean("bytes", PATCHED)
+    size = mean("bytes", PATCHED) / mean("bytes", ROBUST)
+    size = f"{100 * size:.0f} %" if size > 0.4 else f"1/{1 / size:.0f}"
     words = (
         f"patches recover {fmean(each):.0f} % of the robust models' gain in RA on average "
-        f"({min(each):.0f} to {max(each):.0f} %), at 1/{smaller:.0f} of their size in float32; "
+        f"({min(each):.0f} to {max(each):.0f} %), at {size} of their size in float32; "
         f"TA falls by {fall:.1f} points (robust models: "
         f"{mean('TA', STANDARD) - mean('TA', ROBUST):.1f})"
     )

@@ -47,7 +47,7 @@ def write(root: Path) -> None:
     if not found.keys() & EXPERIMENTS.keys():
         raise InputError(f"--out {root}: no results of reproduce.py there yet")
     summary, sections, ablations = [], [], []
-    studies, basis = defaultdict(dict), {}
+    studies, basis = defaultdict(dict), defaultdict(lambda: defaultdict(set))
     for name, module in EXPERIMENTS.items():
         verdicts, lines, doubted = [], [], False
         for folder, result in found.get(name, []):
@@ -55,9 +55,8 @@ def write(root: Path) -> None:
             place = folder.relative_to(root).as_posix()
             title = result["study"].partition(";")[0]
             if not result["ablation"]:
-                corruptions, seeds = basis.setdefault(title, (set(), set()))
-                corruptions |= {row.get("corruption") for row in result["rows"]} & {*CORRUPTIONS}
-                seeds |= {row["seed"] for row in result["rows"]}
+                for row in result["rows"]:
+                    basis[title][row["seed"]] |= {row.get("corruption")} & {*CORRUPTIONS}
             title += f", {result['ablation']}" if result["ablation"] else ""
             told = f"**{verdict}**" if not result["ablation"] else f"`{name}`"
             note = result["note"] + (f" **{result['caveat']}**" if "caveat" in result else "")
@@ -81,10 +80,10 @@ def write(root: Path) -> None:
         sections.append(f"- {study}; {device}, torch {torch}.\n")
         sections += ["\n".join(f"      python {command}" for command in commands) + "\n"]
     table = markdown_table(["experiment", "claim", "verdict"], summary)
-    rests_on = [
-        f"- {title}: {len(names)} of 19 corruptions, seeds {' '.join(map(str, sorted(seeds)))}"
-        for title, (names, seeds) in basis.items()
-    ]
+    rests_on = []
+    for title, seeds in basis.items():
+        each = [f"{len(names)} (seed {seed})" for seed, names in sorted(seeds.items())]
+        rests_on.append(f"- {title}: {', '.join(each)} of 19 corruptions")
     top = ["# Results, claim by claim\n", f"{INTRODUCTION} The numbers rest on\n"]
     top += ["\n".join(rests_on) + "\n"]
     write_text(root / "README.md", "\n".join([*top, f"{table}\n", *sections]))

@@ -54,7 +54,7 @@ def test_smoke_writes_every_result(smoke, experiment):
 
 def test_smoke_ends_in_a_report_of_every_claim(smoke):
     text = (smoke[1] / "README.md").read_text()
-    assert "\n- synthetic, vgg11, severity 5: 3 of 19 corruptions, seeds 0\n" in text
+    assert "\n- synthetic, vgg11, severity 5: 3 (seed 0) of 19 corruptions\n" in text
     assert "not measured" not in text.replace("another data set: not measured", "")
     for name, module in EXPERIMENTS.items():
         assert f"## {name}: " in text and f"]({name}/table.md)" in text
