@@ -99,6 +99,7 @@ def test_a_recorded_step_is_the_plain_one(make, free, replays, cuda, monkeypatch
     (step, model), (plain, other) = (trained(make, monkeypatch, r) for r in (True, False))
     assert (step.graph.replays if step.graph else 0) == replays
     assert cuda["collect"].called  # before the capture
+    assert step.rate.item() == pytest.approx(0.01)  # recorded or not, the rate is a float32
     torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
     assert torch.equal(step.total, plain.total)
 

@@ -58,14 +58,14 @@ def session(device: str) -> Iterator[None]:
             )
         gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(gpu)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT, device_id=gpu)
     with contextlib.ExitStack() as stack, open(os.devnull, "w") as nowhere:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT, device_id=gpu)
-        stack.callback(dist.destroy_process_group)
         if rank() > 0:
             for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
                 stack.enter_context(redirect(nowhere))
         yield
         wait_for_all()  # nobody leaves while another still communicates
+    dist.destroy_process_group()  # not after an error: NCCL would wait for the others
 
 
 @contextlib.contextmanager

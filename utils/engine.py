@@ -207,7 +207,8 @@ class TrainStep:
         self.device = next(model.parameters()).device
         self.total = torch.zeros(2, device=self.device)  # Σ loss · n, Σ correct
         # Fused SGD reads a learning rate that is a tensor on the device there, so that a recorded
-        # step follows a schedule. Where there is no such tensor, no step is recorded.
+        # step follows a schedule; a plain step reads the same, whose bits are those of a float32.
+        # Where there is no such tensor, no step is recorded.
         self.rate: Tensor | None = None
         fused = optimizer.param_groups[0]["fused"]
         if self.device.type == "cuda" and fused and distributed.ranks() == 1:
@@ -217,6 +218,7 @@ class TrainStep:
             if (momentum := state.get("momentum_buffer")) is not None:
                 state["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.fits = True
         # The key of the graph, or without one that of the last step and how many had it before.
         self.key, self.alike = None, 0
 
@@ -230,16 +232,15 @@ class TrainStep:
             return self._run(images, labels, share)
         self.rate.fill_(self.optimizer.param_groups[0]["lr"])
         key = self._key(images)
-        if self.graph is None:
+        if self.graph is None and self.fits:
             self.alike = self.alike + 1 if key == self.key else 0
             self.key = key
             if self.alike < _WARM_UP:
                 return self._warm_up(images, labels)
-            if not self._fits_twice():
-                self.rate = None
-                return self._run(images, labels)
-            self._record(images, labels)
-        if key != self.key:
+            self.fits = self._fits_twice()
+            if self.fits:
+                self._record(images, labels)
+        if self.graph is None or key != self.key:
             return self._run(images, labels)
         self.images.copy_(images)
         self.labels.copy_(labels)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -191,8 +192,8 @@ class SignatureBank:
             off = image_statistics(images)[:, None] - mean
             off = torch.einsum("kij,nkj->nki", whiten, off)
             each = -off.square().sum(2) / 2 - constant
-        group = torch.arange(len(images), device=images.device) // together
-        return each.new_zeros(-(-len(images) // together), len(mean)).index_add(0, group, each)
+        each = F.pad(each, (0, 0, 0, -len(each) % together))
+        return each.view(-1, together, len(mean)).sum(1)
 
     def choose(self, images: Tensor, together: int = 1) -> Tensor:
         """The choice for each image, int64 (n,); `together` in a row share one."""

@@ -6,7 +6,6 @@ by Adam from w = 1/n, on clean images and each corruption in equal parts. The lo
 or without labels the entropy of the predictions.
 """
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -99,11 +98,12 @@ def _batches(
     count = len(parts[0])
     size = min(count, max(1, BATCH // len(parts)))
     passes = -(-steps * size // count)
-    orders = [
-        torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)]).split(size)
-        for _ in parts
-    ]
-    for chosen in itertools.islice(zip(*orders, strict=True), steps):
-        images = [part[i.to(part.device)] for part, i in zip(parts, chosen, strict=True)]
-        wanted = None if labels is None else labels[torch.cat(chosen)].to(device)
-        yield torch.cat([some.to(device) for some in images]), wanted
+    rows, wanted = [], []
+    for part in parts:
+        order = torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])
+        rows.append(order.to(part.device).split(size))
+        if labels is not None:
+            wanted.append(labels[order].to(device).split(size))
+    for step in range(steps):
+        images = [part[order[step]].to(device) for part, order in zip(parts, rows, strict=True)]
+        yield torch.cat(images), torch.cat([each[step] for each in wanted]) if wanted else None

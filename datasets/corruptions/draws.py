@@ -2,15 +2,15 @@
 
 Images are numbered in blocks of `BLOCK`; every block has a generator of its own, seeded with
 (seed + number of the block), so what a block gets depends neither on the chunk it is part of nor
-on the blocks before it. A chunk is a whole number of blocks. Every GPU draws the same: CUDA's draws
-depend on the number of multiprocessors above some 32,000 values, so blocks are filled by pieces.
+on the blocks before it. A chunk is a whole number of blocks. GPUs draw the same: CUDA's draws
+depend on the number of multiprocessors where these can't hold all values, so pieces fill a block.
 """
 
 import torch
 from torch import Tensor
 
 BLOCK = 256
-_PIECE = 2**15  # values: 128 blocks of CUDA threads, what 22 multiprocessors hold at once
+_PIECE = 2**14  # values: 64 blocks of CUDA threads, what 16 multiprocessors hold at once
 
 
 class Draws:
