@@ -18,7 +18,6 @@ finished run). One process at a time; --resume after an interruption ends as if 
 import contextlib
 import statistics
 import time
-import warnings
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -36,7 +35,7 @@ from datasets.normalization import normalization
 from models import build_model
 from utils import arguments, distributed, engine, report
 from utils import checkpoint as ckpt
-from utils.errors import InputError, script_errors
+from utils.errors import InputError, script_errors, warn
 from utils.files import check_writable, hold
 
 
@@ -109,7 +108,7 @@ def warn_of_overlap(val: ImageSet, test: ImageSet) -> None:
     of_val, of_test = ({hash(i.tobytes()) for i in part.images.numpy()} for part in (val, test))
     if both := len(of_val & of_test):
         said = f"validation and test overlap: {both} of {len(of_val)} different validation images"
-        warnings.warn(f"{said} are test images too", stacklevel=2)
+        warn(f"{said} are test images too")
 
 
 def redraw(args: Namespace, clean: ImageSet, device: torch.device) -> Callable[[int], Tensor]:
@@ -297,7 +296,7 @@ def resume(args: Namespace, run: dict, parts: dict, progress: dict) -> bool | No
             continue
         if name == "corrupted_data":
             said = "that run began on other corrupted training images than these"
-            warnings.warn(f"--resume {path}: {said}", stacklevel=2)
+            warn(f"--resume {path}: {said}")
         else:
             raise InputError(f"--resume {path}: that run has {name} {saved[name]}, not {value}")
     saved["state_dict"] = ckpt.state_dict_of(saved, path)
@@ -310,7 +309,7 @@ def resume(args: Namespace, run: dict, parts: dict, progress: dict) -> bool | No
     progress.update({key: saved[key] for key in progress})
     if progress["epoch"] > args.epochs:
         said = f"--epochs {args.epochs}: {progress['epoch']} are done already"
-        warnings.warn(f"{said} in {path}, nothing is trained", stacklevel=2)
+        warn(f"{said} in {path}, nothing is trained")
     if path.parent.resolve() != folder.resolve() and distributed.rank() == 0:
         remove_earlier(folder, everything=True)
         for name in (ckpt.BEST_SA, ckpt.BEST_RA):  # what later epochs have to beat
@@ -321,7 +320,7 @@ def resume(args: Namespace, run: dict, parts: dict, progress: dict) -> bool | No
         known = progress[best] < 0 or (path.parent / name).is_file()
         if not known and progress["epoch"] < args.epochs:
             said = f"{path.parent} has no {name}: the best of the epochs to come is taken"
-            warnings.warn(said, stacklevel=2)
+            warn(said)
             progress[best] = -1.0
     print(f"resumed {path} after epoch {progress['epoch']}")
     return saved.get("amp")

@@ -3,14 +3,13 @@
 import shutil
 import sys
 import tarfile
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from datasets.cache import folders_in
-from utils.errors import InputError
+from utils.errors import InputError, warn
 from utils.files import hold
 
 
@@ -34,7 +33,7 @@ def located(root: Path, published: str, archive: str, holds: Callable[[Path], bo
         there = ", ".join(str(place.relative_to(root)) for place in found)
         raise InputError(f"--data {root}: several sets there, name one of them: {there}")
     if found:
-        warnings.warn(f"--data {root}: read from {found[0]}, which lies deeper", stacklevel=2)
+        warn(f"--data {root}: read from {found[0]}, which lies deeper")
     return found[0] if found else None
 
 

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from utils.errors import InputError, thread_pool
-from utils.files import refusals_of, replacing
+from utils.errors import InputError, thread_pool, warn
+from utils.files import AnyPath, refusals_of, replacing
 
 WORKERS: int | None = None  # threads that decode images; None: one per core, at most 16
 # Part of every fingerprint: raise it when decoding or resizing changes.
@@ -84,7 +84,7 @@ def resized(image: Image.Image, side: int) -> Image.Image:
     return image.resize((side, side), method, box=(left, top, left + square, top + square))
 
 
-def read_image(path: str | os.PathLike, image_size: int | None = None) -> Image.Image:
+def read_image(path: AnyPath, image_size: int | None = None) -> Image.Image:
     """Decode one file to RGB, resized to image_size×image_size where that is given.
 
     Of integers of more than 8 bits the highest 8 are kept, as Pillow does for three channels.
@@ -119,29 +119,21 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def read_images(
-    folder: Path,
-    names: list[str],
-    rows: torch.Tensor,
-    image_size: int | None,
-    title: str,
-    cached: bool = False,
+    folder: Path, names: list[str], rows: torch.Tensor, image_size: int | None, title: str
 ) -> torch.Tensor:
     """Pixels of the files `names` in `folder` at `rows` (int64), uint8 (len(rows), 3, side, side).
 
-    cached: all files are decoded on the first call and come from the cache beside `folder`
-    afterwards; else only those at `rows` are decoded. `title` names the part in the progress bar
-    and the file. image_size None: the images' own size, which must be square and the same for all.
+    All files are decoded on the first call and come from the cache beside `folder` afterwards.
+    `title` names the part in the progress bar and the file. image_size None: the images' own size,
+    which must be square and the same for all.
     Raises InputError for a file that can't be decoded and for sizes that differ.
     """
-    if not cached:
-        wanted = [names[row] for row in rows.tolist()]
-        return torch.from_numpy(_decode(folder, wanted, image_size, title))
     stem, key = f"{title}-{image_size or 'own'}", _key(folder, names, image_size)
     places = [place / f"{stem}-{key}.npy" for place in _places(folder.parent)]
     for path in places:
         if (pixels := _from_cache(path, len(names), rows)) is not None:
             return pixels
-    whole = _decode(folder, names, image_size, title)
+    whole = decode(folder, names, image_size, title)
     for path in places:
         try:
             with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -156,11 +148,11 @@ def read_images(
                     old.unlink()
         break
     else:
-        warnings.warn(f"no cache of the decoded images: {failure}", stacklevel=2)
+        warn(f"no cache of the decoded images: {failure}")
     return torch.from_numpy(whole[rows.numpy()])
 
 
-def _decode(folder: Path, names: list[str], image_size: int | None, title: str) -> np.ndarray:
+def decode(folder: Path, names: list[str], image_size: int | None, title: str) -> np.ndarray:
     """Pixels of all files `names` in `folder`, uint8 (n, 3, side, side)."""
     side = image_size
     if side is None:  # the first one's, which the others must share
@@ -171,7 +163,7 @@ def _decode(folder: Path, names: list[str], image_size: int | None, title: str) 
             )
     pixels = np.empty((len(names), 3, side, side), np.uint8)
 
-    def decode(start: int) -> int:
+    def work(start: int) -> int:
         piece = names[start : start + _PIECE]
         for i, name in enumerate(piece, start):
             image = read_image(f"{folder}/{name}", image_size)
@@ -187,7 +179,7 @@ def _decode(folder: Path, names: list[str], image_size: int | None, title: str) 
         thread_pool(WORKERS or min(16, os.cpu_count() or 1)) as pool,
         tqdm(total=len(names), desc=f"decoding {title}", unit="img", disable=None) as bar,
     ):
-        for done in pool.map(decode, range(0, len(names), _PIECE)):
+        for done in pool.map(work, range(0, len(names), _PIECE)):
             bar.update(done)
     return pixels
 

@@ -10,7 +10,6 @@ the clean set's rows, so both share one split.
 
 import json
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.cache import folders_in, is_debris, list_images, read_images
+from datasets.cache import decode, folders_in, is_debris, list_images
 from datasets.corruptions import SEVERITIES, check, constants_for, corrupt, corrupt_chunks
 from datasets.image_folder import labels_of
 from datasets.images import SPLITS, ImageSet, stable_seed
 from datasets.loader import fits
 from datasets.tiny_imagenet import published_order, short_name
-from utils.errors import InputError, check_known
+from utils.errors import InputError, check_known, warn
 
 MADE = ".made.json"  # in a folder that make_corruptions.py wrote: {place in it: settings}
 
@@ -74,10 +73,8 @@ def corrupted_set(clean: ImageSet, corruption: str, split: str, how: Copies) -> 
         if how.named:
             there = sorted(p.name for p in Path(how.root).iterdir() if not is_debris(p.name))
             looked = ", ".join(_layouts(corruption, how.severity, split))
-            said = (
-                f"{corruption} is generated: {how.root} and the folders in it have none of {looked}"
-            )
-            warnings.warn(f"{said} (there: {', '.join(there[:9]) or 'nothing'})", stacklevel=2)
+            told = f"{how.root} and the folders in it have none of {looked}"
+            warn(f"{corruption} is generated: {told} (there: {', '.join(there[:9]) or 'nothing'})")
     draws = draws_of(how.seed, corruption, how.severity, split)
     out = how.room(clean.images)
     corrupt(clean.images, corruption, how.severity, draws, how.frost_dir, how.device, out)
@@ -143,24 +140,7 @@ def load_published(
     clean part, or with labels out of range. Labels are the published ones; a difference from
     the clean set's is a warning.
     """
-    found = _find(clean, Path(root), corruption, severity, split)
-    if found is None:
-        return None
-    pixels, labels, place = found
-    differing = int((labels != clean.labels).sum())
-    if differing:
-        warnings.warn(
-            f"{place}: {differing} of {len(labels)} labels differ from the clean set's, so its "
-            "images stand in another order; train and validation may overlap across the two",
-            stacklevel=2,
-        )
-    return replace(clean, images=pixels, labels=labels, source=str(place))
-
-
-def _find(
-    clean: ImageSet, root: Path, corruption: str, severity: int, split: str
-) -> tuple[Tensor, Tensor, Path] | None:
-    """Pixels and labels of the copy of `clean`, and the file or folder they are from."""
+    root = Path(root)
     if not root.is_dir():
         raise InputError(
             f"{root}: no such folder of corrupted images; without it they are generated"
@@ -180,15 +160,20 @@ def _find(
         there = ", ".join(map(str, found))
         raise InputError(f"{root}: several copies of {corruption}, name the folder of one: {there}")
     if place not in [root / path for path in wanted]:
-        warnings.warn(f"{corruption} is read from {place}", stacklevel=2)
+        warn(f"{corruption} is read from {place}")
     if place.is_dir():
-        return *_from_folders(clean, place), place
-    if place.parent in bases:
-        _check_recorded(place.parent, place, clean.name, None)
-    else:  # train/ or test/, of one severity only
-        _check_recorded(place.parent.parent, place, clean.name, severity)
-        severity = None
-    return *_from_array(clean, place, severity), place
+        pixels, labels = _from_folders(clean, place)
+    else:
+        alone = place.parent not in bases  # train/ or test/, of one severity only
+        base = place.parent.parent if alone else place.parent
+        _check_recorded(base, place, clean.name, severity if alone else None)
+        pixels, labels = _from_array(clean, place, None if alone else severity)
+    if differing := int((labels != clean.labels).sum()):
+        warn(
+            f"{place}: {differing} of {len(labels)} labels differ from the clean set's, so its "
+            "images stand in another order; train and validation may overlap across the two"
+        )
+    return replace(clean, images=pixels, labels=labels, source=str(place))
 
 
 def _layouts(c: str, s: int, split: str) -> list[str]:
@@ -242,7 +227,7 @@ def _check_recorded(base: Path, place: Path, dataset: str, severity: int | None)
         return
     if (made := recorded.get("severity")) is None:
         said = f"no record of the severity of its arrays, taken as --severity {severity}"
-        warnings.warn(f"{place.parent}: {said}", stacklevel=2)
+        warn(f"{place.parent}: {said}")
     elif made != [severity]:
         raise InputError(f"{place} holds severity {made}, --severity is {severity}")
 
@@ -289,13 +274,14 @@ def _from_folders(clean: ImageSet, place: Path) -> tuple[Tensor, Tensor]:
             )
         if clean.name != "tinyimagenet":  # whose published copy has other names
             said = f"{place}: other file names than the clean set's, taken by their {way}, e.g."
-            warnings.warn(f"{said} {listed[rows[0]]} for {(clean.files or names)[0]}", stacklevel=2)
+            warn(f"{said} {listed[rows[0]]} for {(clean.files or names)[0]}")
     elif missing:
         first = (clean.files or names)[int((rows < 0).int().argmax())]
         raise InputError(
             f"{place} lacks {missing} of {len(rows)} images of the clean set, the first is {first}"
         )
-    pixels = read_images(place, listed, rows, None, place.parent.name)
+    wanted = [listed[row] for row in rows.tolist()]
+    pixels = torch.from_numpy(decode(place, wanted, None, place.parent.name))
     side = clean.images.shape[-1]
     if pixels.shape[-1] != side:
         raise InputError(

@@ -50,7 +50,7 @@ class Part:
         if not len(rows):
             raise InputError(f"{self.folder} has too few images to make a {split} split")
         title = "test" if split == "test" else "train"
-        images = read_images(self.folder, self.names, rows, image_size, title, cached=True)
+        images = read_images(self.folder, self.names, rows, image_size, title)
         labels, files = self.labels[rows], [self.files[row] for row in rows.tolist()]
         place = str(self.folder)
         return ImageSet(images, labels, self.classes, name, rows, len(self.names), files, place)

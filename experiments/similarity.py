@@ -33,8 +33,7 @@ def cosine(a: RobustWeightSignature, b: RobustWeightSignature) -> float:
     if not keys:
         raise InputError(f"signatures of {a.name} and {b.name} have no tensor in common")
     x, y = (torch.cat([s.tensors[key].flatten() for key in keys]).double() for s in (a, b))
-    norms = (x.norm() * y.norm()).item()
-    return (x @ y).item() / norms if norms > 0 else 0.0
+    return torch.cosine_similarity(x, y, dim=0).item()
 
 
 def measure(study) -> Iterator[dict]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from models.normalize import Normalize
 from models.resnet import RESNETS, ResNet
 from models.vgg import VGG, VGGS
 
@@ -16,10 +17,7 @@ ARCHS = (*VGGS, *RESNETS)
 
 
 def build_model(
-    arch: str,
-    num_classes: int,
-    mean: Sequence[float] = (0.0, 0.0, 0.0),
-    std: Sequence[float] = (1.0, 1.0, 1.0),
+    arch: str, num_classes: int, mean: Sequence[float] = (0, 0, 0), std: Sequence[float] = (1, 1, 1)
 ) -> nn.Module:
     """A freshly initialized `arch`: images (N, 3, H, W) in [0, 1] → logits (N, num_classes).
 
@@ -28,9 +26,9 @@ def build_model(
     Raises ValueError for an unknown architecture.
     """
     if arch in VGGS:
-        return VGG(arch, num_classes, mean, std)
+        return VGG(arch, num_classes, Normalize(mean, std))
     if arch in RESNETS:
-        return ResNet(arch, num_classes, mean, std)
+        return ResNet(arch, num_classes, Normalize(mean, std))
     raise ValueError(f"--arch {arch}: unknown architecture; known: {', '.join(ARCHS)}")
 
 

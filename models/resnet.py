@@ -3,12 +3,8 @@
 He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
 """
 
-from collections.abc import Sequence
-
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import resnet
-
-from models.normalize import Normalize
 
 RESNETS = {
     "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
@@ -21,12 +17,10 @@ RESNETS = {
 class ResNet(resnet.ResNet):
     """torchvision's ResNet, keys unchanged, with `normalize.mean` and `normalize.std` in front."""
 
-    def __init__(
-        self, arch: str, num_classes: int, mean: Sequence[float], std: Sequence[float]
-    ) -> None:
+    def __init__(self, arch: str, num_classes: int, normalize: nn.Module) -> None:
         block, depths = RESNETS[arch]
         super().__init__(block, depths, num_classes=num_classes)
-        self.normalize = Normalize(mean, std)
+        self.normalize = normalize
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.normalize(x))

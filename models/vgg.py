@@ -6,13 +6,10 @@ pool takes the mean of 2×2 values for images of 32×32, of 4×4 for 64×64. No 
 """
 
 import itertools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
-
-from models.normalize import Normalize
 
 VGGS = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}
 MIN_SIDE = 16  # pixels: four max-pools halve the image
@@ -26,11 +23,9 @@ def _convolutions(arch: str, batch_norm: bool) -> nn.Sequential:
 class VGG(nn.Module):
     """torchvision's convolutions (`features.N.*`) under a 512 → `num_classes` `classifier`."""
 
-    def __init__(
-        self, arch: str, num_classes: int, mean: Sequence[float], std: Sequence[float]
-    ) -> None:
+    def __init__(self, arch: str, num_classes: int, normalize: nn.Module) -> None:
         super().__init__()
-        self.normalize = Normalize(mean, std)
+        self.normalize = normalize
         self.features = _convolutions(arch, batch_norm=False)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(512, num_classes)

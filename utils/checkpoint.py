@@ -13,7 +13,6 @@ import hashlib
 import io
 import os
 import re
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -22,10 +21,11 @@ from torchvision.models import get_model_weights
 
 from models import head_prefix
 from models.layers import infer_arch
-from utils.errors import InputError, script_errors
-from utils.files import replacing
+from utils.errors import InputError, script_errors, warn
+from utils.files import AnyPath, replacing
 from utils.torch_file import read
 
+State = Mapping[str, Tensor]  # a state dict
 IMAGENET = "torchvision's ImageNet weights"
 LAST, BEST_SA, BEST_RA = "checkpoint.pth.tar", "model_SA_best.pth.tar", "model_RA_best.pth.tar"
 
@@ -66,9 +66,7 @@ def _weight_names(content: Mapping) -> list[str]:
     return [k for k in RAW if k in held] + averaged
 
 
-def weights_in(
-    content: Mapping | nn.Module, path: str | os.PathLike, key: str | None = None
-) -> dict[str, Tensor]:
+def weights_in(content: Mapping | nn.Module, path: AnyPath, key: str | None = None) -> State:
     """The state dict in `content`: a module's, a dict's own, or one under a known name in it.
 
     Keys come without the prefixes of wrappers. key: --checkpoint_key, which names the entry to
@@ -89,7 +87,7 @@ def weights_in(
         if len(names) > 1:
             others = " or ".join(names[1:])
             said = f"{path}: took the weights under {names[0]}"
-            warnings.warn(f"{said}; --checkpoint_key takes {others}", stacklevel=2)
+            warn(f"{said}; --checkpoint_key takes {others}")
         content = content[names[0]]
     state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
     if not state:
@@ -100,7 +98,7 @@ def weights_in(
     return _unwrapped(state, path)
 
 
-def _unwrapped(state: dict[str, Tensor], path: str | os.PathLike) -> dict[str, Tensor]:
+def _unwrapped(state: State, path: AnyPath) -> State:
     """`state` with the keys of the model inside the wrappers, their counters left out."""
     parts = {key: [p for p in key.split(".") if p not in _WRAPPERS] for key in state}
     names = {key: ".".join(kept) for key, kept in parts.items() if kept[-1:] != ["n_averaged"]}
@@ -113,9 +111,7 @@ def _unwrapped(state: dict[str, Tensor], path: str | os.PathLike) -> dict[str, T
     return {name: state[key] for key, name in names.items()}
 
 
-def state_dict_of(
-    checkpoint: Mapping, path: str | os.PathLike, key: str | None = None
-) -> dict[str, Tensor]:
+def state_dict_of(checkpoint: Mapping, path: AnyPath, key: str | None = None) -> State:
     """The float32 state dict in a `read` checkpoint, by `weights_in`; `path` is for messages."""
     tensors = weights_in(checkpoint, path, key)
     if "normalization" in checkpoint and facts(checkpoint):  # of --save_model
@@ -138,12 +134,12 @@ def is_plain(tensor: Tensor) -> bool:
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
-def read_state_dict(path: str | os.PathLike, key: str | None = None) -> dict[str, Tensor]:
+def read_state_dict(path: AnyPath, key: str | None = None) -> State:
     """`read` and `state_dict_of` in one: state-dict key → float32 tensor on the CPU."""
     return state_dict_of(read(path), path, key)
 
 
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+def tensors_hash(tensors: State) -> str:
     """16 hex digits of the SHA-256 over all names and bits, in the order of the names."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
@@ -152,7 +148,7 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def backbone_hash(state: Mapping[str, Tensor]) -> str:
+def backbone_hash(state: State) -> str:
     """`tensors_hash` of the weights outside head and normalization: which model this is.
 
     The same for every file format and precision of storage that gives the same float32 values.
@@ -162,9 +158,7 @@ def backbone_hash(state: Mapping[str, Tensor]) -> str:
     return tensors_hash(kept)
 
 
-def load_model_weights(
-    model: nn.Module, arch: str, state: Mapping[str, Tensor], path: str | os.PathLike
-) -> None:
+def load_model_weights(model: nn.Module, arch: str, state: State, path: AnyPath) -> None:
     """Load a fine-tuned model of the same classes into `model`.
 
     Absent `normalize.*` and counters of batch norm keep the model's.
@@ -194,11 +188,7 @@ def _some_of(keys: Collection[str]) -> str:
 
 
 def load_pretrained(
-    model: nn.Module,
-    arch: str,
-    state: Mapping[str, Tensor],
-    path: str | os.PathLike,
-    keep_head: bool = False,
+    model: nn.Module, arch: str, state: State, path: AnyPath, keep_head: bool = False
 ) -> list[str]:
     """Start `model` from pretrained weights of other classes; gives the keys of the head left out.
 
@@ -224,9 +214,7 @@ def _is_optional(key: str) -> bool:
     return key.startswith("normalize.") or key.endswith("num_batches_tracked")
 
 
-def pretrained_state_dict(
-    source: str | os.PathLike, arch: str, key: str | None = None
-) -> dict[str, Tensor]:
+def pretrained_state_dict(source: AnyPath, arch: str, key: str | None = None) -> State:
     """θ_pre from a checkpoint file, or torchvision's ImageNet weights of `arch` (IMAGENET).
 
     key: --checkpoint_key, as `weights_in` takes it.
@@ -245,7 +233,7 @@ def pretrained_state_dict(
         ) from error
 
 
-def save(checkpoint: Mapping, *paths: str | os.PathLike) -> None:
+def save(checkpoint: Mapping, *paths: AnyPath) -> None:
     """Write a checkpoint dict of tensors and plain values to each of `paths`, atomically."""
     # torch's own writer meets a full disk with errors of several kinds, or aborts.
     buffer = io.BytesIO()
@@ -259,7 +247,7 @@ def save(checkpoint: Mapping, *paths: str | os.PathLike) -> None:
 # ---- show, convert ------------------------------------------------------------------------------
 
 
-def describe(path: str | os.PathLike, key: str | None = None) -> str:
+def describe(path: AnyPath, key: str | None = None) -> str:
     """What a checkpoint holds, as text: weights, normalization, what is recorded, other entries."""
     content = read(path)
     state = state_dict_of(content, path, key)
@@ -280,7 +268,7 @@ def describe(path: str | os.PathLike, key: str | None = None) -> str:
     return "\n".join(f"{name:<16} {said}" for name, said in lines.items() if said not in (None, ""))
 
 
-def torchvision_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def torchvision_state(state: State) -> State:
     """`state` without normalization: what torchvision's model loads with `load_state_dict`.
 
     A VGG of ours is torchvision's with features[:-1], AdaptiveAvgPool2d(1) and a Linear(512, n).
@@ -288,7 +276,7 @@ def torchvision_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().cpu() for k, v in state.items() if not k.startswith("normalize.")}
 
 
-def save_model(model: nn.Module, path: str | os.PathLike, facts: Mapping) -> None:
+def save_model(model: nn.Module, path: AnyPath, facts: Mapping) -> None:
     """Write `model` in the form of `torchvision_state`, its normalization and `facts` beside it."""
     constants = {k: getattr(model.normalize, k).flatten().tolist() for k in ("mean", "std")}
     state = torchvision_state(model.state_dict())

@@ -11,7 +11,6 @@ import functools
 import gc
 import math
 import os
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from models.convolution import use_own_gradient
 from models.vgg import MIN_SIDE, VGGS
 from utils import distributed
-from utils.errors import InputError
+from utils.errors import InputError, warn
 
 # Steps before one is recorded: cuDNN tries its algorithms in them, the optimizer makes its state.
 _WARM_UP = 3
@@ -57,7 +56,7 @@ def choose_device(name: str = "auto", probe: bool = True) -> torch.device:
             said = f"--device {name}: not usable here ({reason}); try auto or cpu"
             raise InputError(said) from error
         if gpus or Path("/dev/nvidiactl").exists():
-            warnings.warn(f"the CPU is used, CUDA is not usable here: {reason}", stacklevel=2)
+            warn(f"the CPU is used, CUDA is not usable here: {reason}")
         return torch.device("cpu")
     return device
 

@@ -23,6 +23,11 @@ class InputError(ValueError):
     """Something the person who typed the command can put right; the message says what and how."""
 
 
+def warn(message: str) -> None:
+    """Tell the person who typed the command; in a script one line `warning: …`, each once."""
+    warnings.warn(message, stacklevel=2)
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """ " (did you mean 'x'?)" for the nearest of `known`, or "" where nothing is near."""
     near = difflib.get_close_matches(name, list(known), n=1)

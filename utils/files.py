@@ -24,9 +24,11 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+AnyPath = str | os.PathLike
+
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: AnyPath) -> Iterator[Path]:
     """Give a temporary path beside `path`; on a clean exit fsync it and rename it to `path`.
 
     On any exception the temporary file is removed and `path` stays as it was. Another process that
@@ -57,13 +59,13 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
                 os.close(folder)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_text(path: AnyPath, text: str) -> None:
     """Write `text` (UTF-8) to `path` atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def check_writable(folder: str | os.PathLike) -> None:
+def check_writable(folder: AnyPath) -> None:
     """Raise InputError unless files can be made in `folder`, which may not exist yet.
 
     Leaves nothing behind; for asking before hours of work instead of after.
@@ -75,7 +77,7 @@ def check_writable(folder: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def hold(path: str | os.PathLike, refusal: str | None = None) -> Iterator[None]:
+def hold(path: AnyPath, refusal: str | None = None) -> Iterator[None]:
     """Hold the lock file `path`, which is there, with the folders it needs, meanwhile only.
 
     While another process has it, wait; with `refusal`, what can't be done now, raise an InputError

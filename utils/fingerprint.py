@@ -9,7 +9,6 @@ of 16 statistics of an image. An unknown image goes to the Gaussian under which 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -21,6 +20,7 @@ from torch.func import functional_call
 from models import split
 from utils.batchnorm import has_batchnorm
 from utils.errors import InputError
+from utils.files import AnyPath
 from utils.patch import check_fits
 from utils.signature import RobustWeightSignature
 
@@ -162,7 +162,7 @@ class SignatureBank:
         self._device = torch.device("cpu")
 
     @classmethod
-    def load(cls, paths: Iterable[str | os.PathLike]) -> SignatureBank:
+    def load(cls, paths: Iterable[AnyPath]) -> SignatureBank:
         """The bank of these .rws files."""
         paths = list(paths)
         return cls([RobustWeightSignature.load(path) for path in paths], paths)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from utils.errors import InputError
+from utils.errors import InputError, warn
 
 if TYPE_CHECKING:
     from utils.signature import RobustWeightSignature
@@ -131,8 +130,7 @@ def check_fits(model: nn.Module, signature: RobustWeightSignature) -> None:
                 raise InputError(f"{name}: {key} is {ours}, the model's is {theirs}")
     lineage = getattr(model, "pretrained_hash", None)
     if lineage and signature.pretrained and lineage != signature.pretrained:
-        warnings.warn(  # the warnings module shows the same text once
+        warn(
             f"the {name} comes from pretrained weights {signature.pretrained}, "
-            f"the model from {lineage}",
-            stacklevel=1,
+            f"the model from {lineage}"
         )

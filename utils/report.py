@@ -8,15 +8,14 @@ import os
 import platform
 import shlex
 import sys
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 
 import torch
 import torchvision
 
-from utils.errors import InputError
-from utils.files import write_text
+from utils.errors import InputError, warn
+from utils.files import AnyPath, write_text
 
 
 def header(title: str, facts: Mapping[str, object]) -> None:
@@ -66,7 +65,7 @@ def provenance(device: torch.device) -> dict[str, str]:
     }
 
 
-def write_json(path: str | os.PathLike, content: Mapping) -> None:
+def write_json(path: AnyPath, content: Mapping) -> None:
     """Write `content` to `path` as JSON, atomically."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -106,7 +105,7 @@ def mean_corruption_error(
     return 100 * fmean(ours / theirs for ours, theirs in sums)
 
 
-def write_csv(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
+def write_csv(path: AnyPath, rows: Sequence[Mapping]) -> None:
     """Write `rows` to `path` as CSV, atomically: a column per key that any of them has."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
@@ -165,4 +164,4 @@ def warn_below_chance(rows: Sequence[dict], classes: int) -> None:
         if row["model"].startswith("patched") and lowest < chance:
             said = f"{row['model']}: an accuracy of {lowest:.1f} % is below chance, {chance:.1f} %"
             said += "; do model, signatures and data set belong together?"
-            warnings.warn(said, stacklevel=2)
+            warn(said)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
@@ -28,12 +27,12 @@ from models.layers import carried_keys, infer_arch, is_carried, layer_keys
 from utils import quantize
 from utils.arguments import FLAGS
 from utils.batchnorm import pooled
-from utils.checkpoint import backbone_hash, read_state_dict, weights_in
-from utils.errors import InputError
+from utils.checkpoint import State, backbone_hash, read_state_dict, weights_in
+from utils.errors import InputError, warn
+from utils.files import AnyPath
 from utils.patch import patch  # noqa: F401, the other half of the interface
 
-StateDict = Mapping[str, Tensor]
-Source = Mapping | nn.Module | str | os.PathLike  # of weights: `utils.checkpoint.weights_in`
+Source = Mapping | nn.Module | AnyPath  # of weights: `utils.checkpoint.weights_in`
 
 
 # ---- the method -----------------------------------------------------------------------------
@@ -204,7 +203,7 @@ class RobustWeightSignature:
                     Δ_std, Δ_c = θ_std - θ_pre, θ_c - θ_pre
                     tensors[key] = project_out(Δ_c, Δ_std) if method.project else Δ_c
         if not any(bool(t.any()) for t in tensors.values()):
-            warnings.warn("the signature is zero: its source models are identical", stacklevel=2)
+            warn("the signature is zero: its source models are identical")
         signature = cls(
             tensors,
             arch,
@@ -241,7 +240,8 @@ class RobustWeightSignature:
         if ours != theirs:  # the sum would be of neither method
             told = f"{self.name} ({ours or 'the paper'}), {other.name} ({theirs or 'the paper'})"
             raise InputError(f"signatures of different methods: {told}; extract them alike")
-        tensors = dict(self.tensors)
+        total = self.scale(1.0)
+        tensors = total.tensors
         device = next((tensor.device for tensor in tensors.values()), None)
         for key, tensor in other.tensors.items():
             if tensors.get(key, tensor).shape != tensor.shape:
@@ -253,15 +253,11 @@ class RobustWeightSignature:
         share = len(other.corruptions) / max(1, len(self.corruptions) + len(other.corruptions))
         same = ("severity", "dataset", "pretrained", "standard")  # kept where both agree
         return replace(
-            self,
-            tensors=tensors,
-            method=replace(self.method.unquantized(), keep_num=keep_num),
+            total,
+            method=replace(total.method, keep_num=keep_num),
             corruptions=(*self.corruptions, *other.corruptions),
             robust=(*self.robust, *other.robust),
-            codes={},
             statistics=pooled(self.statistics, other.statistics, share),
-            fingerprint={},
-            weights={},
             **{f: None for f in same if getattr(self, f) != getattr(other, f)},
         )
 
@@ -300,21 +296,21 @@ class RobustWeightSignature:
         method = replace(self.method, **form, bn_float=bn_float)
         return replace(self, tensors=self.tensors | decoded, method=method, codes=codes)
 
-    def save(self, path: str | os.PathLike) -> int:
+    def save(self, path: AnyPath) -> int:
         """Write the packed signature to `path` atomically; gives its size in bytes."""
         from utils import signature_file
 
         return signature_file.save(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> RobustWeightSignature:
+    def load(cls, path: AnyPath) -> RobustWeightSignature:
         """Read a file that `save` wrote; InputError naming it for anything else."""
         from utils import signature_file
 
         return signature_file.load(path)
 
 
-def _check_same_shapes(states: Mapping[str, StateDict], keys: Iterable[str]) -> None:
+def _check_same_shapes(states: Mapping[str, State], keys: Iterable[str]) -> None:
     for key in keys:
         for role, state in states.items():
             if key not in state:

@@ -9,7 +9,6 @@ be empty; version 1 is read too.
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import get_type_hints
@@ -22,6 +21,7 @@ from models.layers import LAYERS
 from utils import checkpoint, learn, quantize
 from utils.arguments import Parser
 from utils.errors import InputError, script_errors
+from utils.files import AnyPath
 from utils.signature import Method, RobustWeightSignature
 
 FORMAT = "robust-weight-signature"
@@ -33,7 +33,7 @@ FACTS |= dict.fromkeys(("corruptions", "robust"), list)
 FACTS |= dict.fromkeys(("dataset", "pretrained", "standard"), str | None)
 
 
-def save(signature: RobustWeightSignature, path: str | os.PathLike) -> int:
+def save(signature: RobustWeightSignature, path: AnyPath) -> int:
     """Write `signature` to `path` atomically; gives its size in bytes."""
     packed = [_pack(k, t, signature.codes.get(k)) for k, t in signature.tensors.items()]
     meta = {name: getattr(signature, name) for name in FACTS}
@@ -49,7 +49,7 @@ def save(signature: RobustWeightSignature, path: str | os.PathLike) -> int:
     return Path(path).stat().st_size
 
 
-def load(path: str | os.PathLike) -> RobustWeightSignature:
+def load(path: AnyPath) -> RobustWeightSignature:
     """Read a file that `save` wrote.
 
     Raises InputError naming the file when it is missing, damaged, truncated, of another version,
@@ -165,7 +165,7 @@ def _unpack(entry: dict, data: Tensor) -> tuple[Tensor, quantize.Quantized | Non
 # ---- show -----------------------------------------------------------------------------------
 
 
-def describe(path: str | os.PathLike) -> str:
+def describe(path: AnyPath) -> str:
     """What a signature file holds, as text: provenance, method, bytes, norm of each tensor."""
     s = load(path)
     m = s.method

@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 from models.layers import depth_order
 from utils import arguments, log
 from utils import checkpoint as ckpt
-from utils.errors import InputError
+from utils.errors import InputError, warn
 from utils.files import check_writable
 from utils.signature import Method, RobustWeightSignature
 
@@ -62,7 +61,7 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--finetune_alpha has {given} values for {count} signatures")
     if min(args.alpha) < 0:
         said = "a negative strength takes the signature's direction away: no patch of the paper"
-        warnings.warn(said, stacklevel=2)
+        warn(said)
     patches = len(keep_nums) * (1 if args.finetune_alpha is not None else len(args.alpha))
     outputs = [flag for flag in ("save_log", "save_model", "save_signature") if getattr(args, flag)]
     if outputs and patches > 1:
@@ -140,7 +139,7 @@ def check_facts(checkpoint: Mapping, path: str | Path, wanted: Mapping) -> None:
     """
     known = ckpt.facts(checkpoint)
     if known.get("patched"):
-        warnings.warn(f"{path} is patched already, against {known['patched']}", stacklevel=2)
+        warn(f"{path} is patched already, against {known['patched']}")
     for name, ours in wanted.items():
         theirs = known.get(name, ours)
         if theirs == ours:
@@ -155,7 +154,7 @@ def check_severity(args: argparse.Namespace, path: str | Path, severity: int | N
     """Warn where the severity of the images that made the model or signature is not asked for."""
     if severity not in (None, *args.severity):
         said = f"{path} was trained at severity {severity}, --severity is"
-        warnings.warn(f"{said} {' '.join(map(str, args.severity))}", stacklevel=2)
+        warn(f"{said} {' '.join(map(str, args.severity))}")
 
 
 def load_states(
@@ -190,7 +189,7 @@ def load_states(
         check_severity(args, path, severities[name])
         lineage = checkpoint.get("pretrained_hash")
         if lineage and not args.signature and lineage != pretrained_hash:
-            warnings.warn(f"{path} was not fine-tuned from {source}", stacklevel=2)
+            warn(f"{path} was not fine-tuned from {source}")
     return states, severities
 
 
@@ -228,7 +227,7 @@ def check_outputs(args: argparse.Namespace) -> None:
     if args.save_signature:
         if args.patched_model:
             told = "the signatures are saved with neither fingerprint nor statistics of batch norm"
-            warnings.warn(f"--patched_model: {told}, which are of --base_model", stacklevel=2)
+            warn(f"--patched_model: {told}, which are of --base_model")
         for file in args.signature:
             if Path(file).resolve().parent == Path(args.save_signature).resolve():
                 raise InputError(f"--save_signature: {file} is in there; name another folder")

@@ -6,18 +6,18 @@ defaultdict (as a dict), paths. What is no such file is named for what it is.
 """
 
 import argparse
-import os
 import pathlib
 import re
 import types
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from utils.errors import InputError
+from utils.files import AnyPath
 
 CODE = "was not opened, it holds code"
 # Two lines for the person who knows where the file is from; told, never run.
@@ -30,7 +30,7 @@ SAVE_ANEW = (
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7-Zip"}
 
 
-def read(path: str | os.PathLike, what: str = "checkpoint") -> dict:
+def read(path: AnyPath, what: str = "checkpoint") -> dict:
     """The dict in a file that torch wrote, tensors on the CPU; `what` it is, for the messages.
 
     Raises InputError when the file is missing, damaged, of another kind, or holds code.
@@ -134,17 +134,6 @@ class _Array(np.ndarray):
         super().__setstate__((1, shape, kind.dtype, fortran, data))
 
 
-def _named(name: str, make: Callable) -> Callable:
-    """`make` under the name that a file has for it: torch 2.6 goes by that alone."""
-
-    def stand_in(*args: object) -> object:
-        return make(*args)
-
-    stand_in.__module__, _, stand_in.__name__ = name.rpartition(".")
-    stand_in.__qualname__ = stand_in.__name__
-    return stand_in
-
-
 def _array(*_: object) -> _Array:
     return _Array(0, np.uint8)
 
@@ -154,12 +143,12 @@ def _scalar(kind: _Kind, data: bytes) -> np.generic:
     return value
 
 
+# What stands in for a class, and the name that files have for that.
 _SAFE = [_Kind, _Array, argparse.Namespace, types.SimpleNamespace, list, dict, int, float, str]
-_SAFE += [_named("numpy.dtype", _Kind), _named("numpy.ndarray", _array)]
-_SAFE += [_named("collections.defaultdict", lambda *_: {}), _named("builtins.bytes", lambda: b"")]
+_SAFE += [(_Kind, "numpy.dtype"), (_array, "numpy.ndarray")]
+_SAFE += [(lambda *_: {}, "collections.defaultdict"), (lambda: b"", "builtins.bytes")]
 for core in ("numpy.core.multiarray", "numpy._core.multiarray"):  # NumPy 1 and 2
-    _SAFE += [_named(f"{core}._reconstruct", _array), _named(f"{core}.scalar", _scalar)]
+    _SAFE += [(_array, f"{core}._reconstruct"), (_scalar, f"{core}.scalar")]
 for module in ("pathlib", "pathlib._local"):  # Python 3.13 has the second
     for pure, other in (("PurePosixPath", "PosixPath"), ("PureWindowsPath", "WindowsPath")):
-        make = getattr(pathlib, pure)
-        _SAFE += [_named(f"{module}.{pure}", make), _named(f"{module}.{other}", make)]
+        _SAFE += [(getattr(pathlib, pure), f"{module}.{name}") for name in (pure, other)]

@@ -9,7 +9,6 @@ blur.py, weather.py or digital.py, with the table of its constants beside it.
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from datasets.corruptions import blur, digital, noise, weather
 from datasets.corruptions.draws import BLOCK, Draws
 from datasets.images import check_images
-from utils.errors import InputError, check_known, thread_pool
+from utils.errors import InputError, check_known, thread_pool, warn
 
 # name → (function, its constants {32: severity 1..5, 64: the same for images above 48 pixels})
 _TABLE = {
@@ -138,10 +137,9 @@ def constants_for(images: Tensor) -> str:
     table = _table_side(side)
     words = f"{_PUBLISHED[table]} ({table}×{table})"
     if side != table:
-        warnings.warn(
+        warn(
             f"corruptions have no constants for images of {side} pixels: those of {words} make "
-            "results that compare with no published ones",
-            stacklevel=2,
+            "results that compare with no published ones"
         )
     return words
 
