@@ -60,7 +60,7 @@ def panels(rows: Sequence[dict], draw: Callable, label: str, path: Path) -> None
     for axis, name in zip(axes.flat, names, strict=False):
         draw(axis, tables.select(rows, corruption=name))
         axis.set(title=name, ylabel=label if axis in axes[:, 0] else "")
-    legend_below(figure, axes[0, 0], ncols=3)
+    legend_below(figure, axes[0, 0], ncols=min(3, across + 1))
     save(figure, path)
 
 

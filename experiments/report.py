@@ -58,6 +58,9 @@ def write(root: Path) -> None:
                 for row in result["rows"]:
                     basis[title][row["seed"]] |= {row.get("corruption")} & {*CORRUPTIONS}
             title += f", {result['ablation']}" if result["ablation"] else ""
+            names = [row.get("corruption") for row in result["rows"]]
+            if {*names} <= {*CORRUPTIONS} and len({*names}) < 3:
+                title += f", {' and '.join(dict.fromkeys(names))} alone"
             told = f"**{verdict}**" if not result["ablation"] else f"`{name}`"
             note = result["note"] + (f" **{result['caveat']}**" if "caveat" in result else "")
             text = [f"- {told} on {title}: {words}. {note} [Table]({place}/table.md).\n"]

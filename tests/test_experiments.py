@@ -295,6 +295,7 @@ def test_report_gathers_and_combines(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "## alpha: holds partly\n" in text and text.count("c/alpha") == 1
     assert "- made up: 1 (seed 0) of 19 corruptions\n" in text
+    assert text.count("on made up, fog alone: taking a patch off") == 2
     assert text.index("## Ablations") < text.index("c/alpha")
     assert "| holds partly (see its caveat) |" in text
     assert text.count(" **Of another network.** [Table](b/alpha/table.md)") == 1
