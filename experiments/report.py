@@ -62,8 +62,9 @@ def write(root: Path) -> None:
             if {*names} <= {*CORRUPTIONS} and len({*names}) < 3:
                 title += f", {' and '.join(dict.fromkeys(names))} alone"
             told = f"**{verdict}**" if not result["ablation"] else f"`{name}`"
-            note = result["note"] + (f" **{result['caveat']}**" if "caveat" in result else "")
-            text = [f"- {told} on {title}: {words}. {note} [Table]({place}/table.md).\n"]
+            words += f". **{result['caveat']}**" if "caveat" in result else "."
+            text = [f"- {told} on {title}: {words} [Table]({place}/table.md).\n"]
+            text += [f"  *{result['note'].strip()}*\n"] if result["note"] else []
             figures = sorted(path.name for path in folder.glob("*.png"))
             text += [f"  ![{name}: {place}]({place}/{figure})\n" for figure in figures]
             (ablations if result["ablation"] else lines).extend(text)
