@@ -18,6 +18,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 from torch import Tensor
@@ -232,6 +233,9 @@ def storage(rows: Sequence[dict], path: Path) -> None:
         axis.plot(*full, "*", color="black", markersize=9, label="full copy")
         look = {"color": GREY, "linestyle": "--", "linewidth": 1, "label": "standard model"}
         axis.axhline(tables.mean(rows, "RA", model=STANDARD), **look)
-        axis.set(xscale="log", xlabel="bytes on disk per corruption")
+        axis.set(xscale="log", xlabel="MB on disk per corruption")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.xaxis.set_major_formatter(lambda size, _: f"{size / 1e6:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
 
     panels(rows, draw, "RA, %", path)
