@@ -41,10 +41,9 @@ def table(rows: list[dict], study) -> tables.Table:
 
 def figure(rows: list[dict], path: Path) -> None:
     labels = ("layer, shallowest first", "‖θ_c − θ_std‖ / ‖θ_std‖")
-    parts = tables.parts([row for row in rows if row["corruption"] != CONTROL])
-    parts |= {CONTROL: [CONTROL]}
-    shown = [r | {"of": name} for name, of in parts.items() for r in rows if r["corruption"] in of]
-    plots.curves(*tables.pivot(shown, "of", "layer"), labels, path, CONTROL)
+    groups = tables.parts([row for row in rows if row["corruption"] != CONTROL])
+    shown = tables.in_groups(rows, groups | {CONTROL: [CONTROL]})
+    plots.curves(*tables.pivot(shown, "group", "layer"), labels, path, CONTROL)
 
 
 def verdict(rows: list[dict]) -> tables.Verdict:

@@ -100,8 +100,7 @@ def accuracy_panels(rows: Sequence[dict], over: str, label: str, path: Path) -> 
 def accuracy_bars(rows: Sequence[dict], path: Path, label: Label = tables.by_model) -> None:
     """RA of every line of a table (`tables.accuracies`): the mean, and each of `tables.parts`."""
     groups = {"all": tables.distinct(rows, "corruption"), **tables.parts(rows)}
-    shown = [r | {"group": g} for g, of in groups.items() for r in rows if r["corruption"] in of]
-    bars(shown, lambda row: (row["group"], *label(row)), "RA, %", path)
+    bars(tables.in_groups(rows, groups), lambda row: (row["group"], *label(row)), "RA, %", path)
 
 
 def bars(rows: Sequence[dict], label: Label, axis_label: str, path: Path) -> None:

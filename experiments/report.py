@@ -64,7 +64,7 @@ def write(root: Path) -> None:
             told = f"**{verdict}**" if not result["ablation"] else f"`{name}`"
             words += f". **{result['caveat']}**" if "caveat" in result else "."
             text = [f"- {told} on {title}: {words} [Table]({place}/table.md).\n"]
-            text += [f"  *{result['note'].strip()}*\n"] if result["note"] else []
+            text += [f"  *{result['note']}*\n"] if result["note"] else []
             figures = sorted(path.name for path in folder.glob("*.png"))
             text += [f"  ![{name}: {place}]({place}/{figure})\n" for figure in figures]
             (ablations if result["ablation"] else lines).extend(text)

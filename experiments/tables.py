@@ -96,6 +96,12 @@ def parts(rows: Sequence[dict]) -> dict[str, list[str]]:
     return families | {c: [c] for c in single}
 
 
+def in_groups(rows: Sequence[dict], groups: Mapping[str, Sequence[str]]) -> list[dict]:
+    """The rows of each group of corruptions (such as `parts`), with its name as their "group"."""
+    of_group = ((name, r) for name, of in groups.items() for r in rows if r["corruption"] in of)
+    return [row | {"group": name} for name, row in of_group]
+
+
 def whole_seeds(rows: Sequence[dict]) -> list[list[dict]]:
     """The rows of each seed that has every corruption."""
     count = len(distinct(rows, "corruption"))
